@@ -1,0 +1,83 @@
+"""What this computer has: graphics cards through NVML, memory through psutil. Never torch: it would hold GPU memory."""
+
+from dataclasses import dataclass
+
+import psutil
+import pynvml
+
+from engine.errors import DeviceError
+from engine.units import GIB
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as NVML sees it."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    temperature_celsius: int | None
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run happens: `name` is `cpu` or `cuda:N`; bytes are of that device's memory."""
+
+    name: str
+    label: str
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the run uses the CPU and main memory."""
+        return self.name == "cpu"
+
+
+def list_gpus() -> list[Gpu]:
+    """Return the CUDA devices of this computer; empty where there is no driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_gpu(index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        temperature: int | None = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+    except pynvml.NVMLError:
+        temperature = None
+    return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), temperature)
+
+
+def resolve_device(name: str) -> Device:
+    """Return the device that a spec's `device` means on this computer.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        DeviceError: a GPU is named that is not there.
+    """
+    gpus = list_gpus()
+    if name == "cpu" or (name == "auto" and not gpus):
+        memory = psutil.virtual_memory()
+        return Device("cpu", "CPU", int(memory.total), int(memory.available))
+    index = int(name.partition(":")[2] or 0)
+    if index >= len(gpus):
+        has = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "no NVIDIA GPU that a driver answers for"
+        raise DeviceError(f"device {name!r} is not here: this computer has {has}. Use device=auto or device=cpu.")
+    gpu = gpus[index]
+    return Device(f"cuda:{index}", gpu.name, gpu.total_bytes, gpu.free_bytes)
+
+
+def budget_bytes_of(budget_gib: float | None, device: Device) -> int:
+    """Return the budget of a run in bytes: what the spec says, else all the memory of the device."""
+    return device.total_bytes if budget_gib is None else int(budget_gib * GIB)

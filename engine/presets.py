@@ -1,0 +1,50 @@
+"""What comes with the project: specs in presets/*.yaml, and the demo model and datasets in presets/demo/."""
+
+from pathlib import Path
+
+from engine.errors import InvalidSpecError, SpecProblem
+from engine.spec import RunSpec
+from engine.spec_io import load_values, parse_spec
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the bundled base models: name to folder."""
+    return {"demo": PRESETS / "demo" / "model"}
+
+
+def bundled_datasets() -> dict[str, Path]:
+    """Return the bundled datasets: `demo/<name>` to the folder that holds train.jsonl and test.jsonl."""
+    return {f"demo/{path.parent.name}": path.parent for path in sorted((PRESETS / "demo").glob("*/train.jsonl"))}
+
+
+def list_presets() -> dict[str, Path]:
+    """Return the presets: name to YAML file."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def find_spec_file(name: str) -> Path:
+    """Return the file that `name` means: a path, or the name of a preset.
+
+    Raises:
+        InvalidSpecError: neither is there.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    presets = list_presets()
+    if name in presets:
+        return presets[name]
+    raise InvalidSpecError(
+        [SpecProblem("", f"There is no spec file or preset {name!r}. Presets: {', '.join(presets)}.")]
+    )
+
+
+def load_preset(name: str) -> RunSpec:
+    """Return the spec of a preset.
+
+    Raises:
+        InvalidSpecError: there is no such preset, or it is wrong.
+    """
+    return parse_spec(load_values(find_spec_file(name)))

@@ -1,0 +1,243 @@
+"""RunSpec: what a person asks for. One schema for the form, the YAML of presets/, the command line and validation.
+
+Each field carries its label, unit, help and remedy in an `About`, so that the form, `--help` and error messages
+say the same words.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Group = Literal["model", "data", "method", "optimizer", "memory", "training", "evaluation", "run"]
+Method = Literal["sift", "random"]
+Role = Literal["instruction", "input", "output", "system", "messages", "text"]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a person is told of a field. `rule` completes "must be ..." where the type does not say it well."""
+
+    group: Group
+    label: str
+    help: str
+    unit: str = ""
+    rule: str = ""
+    remedy: str = ""
+
+
+class RunSpec(BaseModel):
+    """Everything that decides a run; the same spec on the same machine gives the same bits.
+
+    Frozen; unknown keys are refused. Build one with `spec_io.parse_spec`, which reports every problem at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: Annotated[
+        str,
+        Field(min_length=1),
+        About("model", "Base model", "Bundled name, local folder or Hugging Face Hub id.", remedy="Try `demo`."),
+    ]
+    model_revision: Annotated[
+        str | None, About("model", "Model revision", "Branch, tag or commit on the Hub. Empty: the default branch.")
+    ] = None
+    quantization: Annotated[
+        Literal["none"], About("model", "Base weights", "How the frozen base is stored. none: in the dtype below.")
+    ] = "none"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        About(
+            "model",
+            "Data type",
+            "Of the base weights. auto: bfloat16 on a GPU, float32 on the CPU. The trained values are always float32.",
+        ),
+    ] = "auto"
+
+    dataset: Annotated[
+        str | None,
+        About(
+            "data",
+            "Dataset",
+            "Bundled name, local file or folder (JSON, JSONL, CSV, Parquet, text) or Hugging Face Hub id.",
+        ),
+    ] = None
+    dataset_split: Annotated[
+        str, About("data", "Split", "Part of the dataset to train on. A part named test or validation is held out.")
+    ] = "train"
+    dataset_format: Annotated[
+        Literal["auto", "instruction", "messages", "text"],
+        About("data", "Row format", "instruction: question and answer columns; messages: chats; text: plain text."),
+    ] = "auto"
+    columns: Annotated[
+        dict[Role, str],
+        About(
+            "data",
+            "Columns",
+            "Which column plays which role, where the names are not recognised: "
+            "instruction, input, output, system, messages, text.",
+            rule="a mapping of instruction, input, output, system, messages or text to a column",
+            remedy="For example {instruction: question, output: answer}.",
+        ),
+    ] = {}
+    template: Annotated[
+        Literal["auto", "tokenizer", "plain"],
+        About(
+            "data", "Chat template", "auto: the tokenizer's own if it has one, else plain (User: ... Assistant: ...)."
+        ),
+    ] = "auto"
+    evaluation_fraction: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        About(
+            "data",
+            "Held-out share",
+            "Share of the rows kept for evaluation where the dataset has no test or validation part.",
+            remedy="For 5 percent write 0.05.",
+        ),
+    ] = 0.05
+
+    method: Annotated[
+        Method,
+        About(
+            "method",
+            "Method",
+            "sift: train the entries with the largest first gradients. random: as many entries drawn at random.",
+        ),
+    ] = "sift"
+    density: Annotated[
+        float, Field(gt=0, le=1), About("method", "Density", "Trained share of the entries of each target weight.")
+    ] = 0.01
+    num_trainable: Annotated[
+        int | None,
+        Field(ge=1),
+        About("method", "Trained entries", "Instead of density: entries over all targets together.", "entries"),
+    ] = None
+    targets: Annotated[
+        Literal["attention", "linear", "all"] | tuple[str, ...],
+        About(
+            "method",
+            "Trained weights",
+            "attention: q, k, v, o; linear: all linear layers of the blocks; all: every parameter; or a list of "
+            "patterns, each a part of a parameter's name (q_proj) or a glob (model.layers.1?.*).",
+            rule="attention, linear, all or a list of patterns",
+        ),
+    ] = "linear"
+    selection_micro_steps: Annotated[
+        int | None,
+        Field(ge=1),
+        About(
+            "method",
+            "Selection batches",
+            "Micro-batches whose gradient chooses the entries. Empty: those of the first optimizer step.",
+            "micro-batches",
+        ),
+    ] = None
+
+    optimizer: Annotated[Literal["adamw", "sgd"], About("optimizer", "Optimizer", "Over the trained values.")] = "adamw"
+    learning_rate: Annotated[
+        float, Field(gt=0, le=10), About("optimizer", "Learning rate", "Peak learning rate.", remedy="Try 0.0002.")
+    ] = 2e-4
+    lr_schedule: Annotated[
+        Literal["linear", "cosine", "constant"],
+        About("optimizer", "Schedule", "How the learning rate falls after the warm-up."),
+    ] = "linear"
+    warmup_fraction: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        About("optimizer", "Warm-up", "Share of the steps in which the learning rate rises.", remedy="Try 0.03."),
+    ] = 0.03
+    weight_decay: Annotated[
+        float, Field(ge=0, le=1), About("optimizer", "Weight decay", "Pulls the change from the base towards zero.")
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float | None,
+        Field(gt=0),
+        About("optimizer", "Gradient clipping", "Largest norm of the values' gradient. Empty: no clipping."),
+    ] = 1.0
+
+    sequence_length: Annotated[
+        int,
+        Field(ge=8, le=1_048_576),
+        About("memory", "Sequence length", "Longest row; longer ones are cut.", "tokens"),
+    ] = 512
+    micro_batch_size: Annotated[
+        int, Field(ge=1, le=4096), About("memory", "Micro-batch", "Rows in one backward.", "sequences")
+    ] = 1
+    gradient_accumulation: Annotated[
+        int, Field(ge=1, le=65536), About("memory", "Accumulation", "Backwards in one optimizer step.", "micro-batches")
+    ] = 16
+    gradient_checkpointing: Annotated[
+        bool,
+        About(
+            "memory",
+            "Checkpointing",
+            "Recompute activations in the backward: less memory, slower.",
+            rule="true or false",
+        ),
+    ] = False
+    attention: Annotated[
+        Literal["sdpa", "eager"], About("memory", "Attention", "sdpa: fused kernels; eager: plain matrix products.")
+    ] = "sdpa"
+    device: Annotated[
+        str,
+        Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
+        About(
+            "memory", "Device", "auto: the first GPU if there is one, else the CPU.", rule="auto, cpu, cuda or cuda:N"
+        ),
+    ] = "auto"
+    budget_gib: Annotated[
+        float | None,
+        Field(gt=0),
+        About("memory", "Memory budget", "Most memory the run may use. Empty: all the device has.", "GiB"),
+    ] = None
+
+    epochs: Annotated[
+        float, Field(gt=0, le=10_000), About("training", "Epochs", "Times each row is seen.", "epochs")
+    ] = 1.0
+    max_steps: Annotated[
+        int | None, Field(ge=1), About("training", "Steps", "Instead of epochs: optimizer steps.", "steps")
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**32), About("training", "Seed", "Decides data order and random choices.")] = 0
+
+    evaluation_interval: Annotated[
+        int, Field(ge=0), About("evaluation", "Evaluate every", "0: only before and after.", "steps")
+    ] = 50
+    evaluation_rows: Annotated[
+        int, Field(ge=1), About("evaluation", "Held-out rows", "Most rows the held-out loss is computed on.", "rows")
+    ] = 200
+    exact_match_rows: Annotated[
+        int,
+        Field(ge=0),
+        About(
+            "evaluation",
+            "Answered rows",
+            "Held-out questions answered before and after the run and compared word for word. 0: none.",
+            "rows",
+        ),
+    ] = 0
+    probe_interval: Annotated[
+        int,
+        Field(ge=0),
+        About("evaluation", "Probe every", "How often the sparsity of the gradient is measured. 0: never.", "steps"),
+    ] = 25
+    checkpoint_interval: Annotated[
+        int, Field(ge=0), About("run", "Checkpoint every", "0: only when the run stops or ends.", "steps")
+    ] = 200
+    output: Annotated[str, Field(min_length=1), About("run", "Runs folder", "Where the run's folder is made.")] = "runs"
+
+
+def about(name: str) -> About:
+    """Return what a person is told of the field `name`.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    return next(item for item in RunSpec.model_fields[name].metadata if isinstance(item, About))
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """Return the words a field accepts, in order; empty for a field that is not a choice."""
+    annotation = RunSpec.model_fields[name].annotation
+    options = [annotation, *get_args(annotation)]
+    return next((get_args(option) for option in options if str(option).startswith("typing.Literal")), ())
