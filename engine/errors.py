@@ -58,3 +58,7 @@ class RunError(EngineError):
 
 class WorkerError(EngineError):
     """A worker process ended before its time."""
+
+
+class TrainingError(EngineError):
+    """Training cannot go on: the loss is not a number, or memory ran out."""

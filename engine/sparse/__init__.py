@@ -1,0 +1,1 @@
+"""Sparse deltas over frozen weights: which entries are trained, their gradients, their values, their write-back."""

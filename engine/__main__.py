@@ -1,0 +1,162 @@
+"""The command line: `python -m engine COMMAND`. Torch stays out of this process; workers have it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from engine import runs, workers
+from engine.errors import EngineError
+from engine.planner.plan import Plan, make_plan, plan_table, require_fit
+from engine.planner.shape import require_weights
+from engine.presets import find_spec_file
+from engine.progress import chat_in_terminal, follow, print_runs
+from engine.spec import RunSpec, about
+from engine.spec_io import apply_overrides, load_values, parse_spec
+from engine.units import format_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0 done, 1 failed, 2 asked wrongly."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except EngineError as error:
+        if getattr(options, "json", False):
+            print(json.dumps({"state": "failed", "error": str(error)}), flush=True)
+        for sentence in getattr(error, "problems", None) or [error]:
+            print(f"Error: {getattr(sentence, 'message', sentence)}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine", description="Sparse fine-tuning of language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", _train, "Train a spec in a process of its own and follow it; Ctrl-C stops the run.")
+    train.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
+    train.add_argument("--resume", metavar="RUN", help="go on with a stopped or failed run instead")
+    train.add_argument("--detach", action="store_true", help="start the run and return at once")
+    plan = add("plan", _plan, "Say what a spec will need, without running it.")
+    plan.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
+    for sub in (train, plan):
+        sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field of the spec")
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    listed = add("runs", _runs, "List the runs, newest first.")
+    listed.add_argument("--json", action="store_true", help="print a JSON list")
+    chat = add("chat", _chat, "Chat with the base and the tuned model of a run.")
+    chat.add_argument("run", nargs="?", help="id or folder of a run; default: the newest that has a result")
+    stop = add("stop", _stop, "Ask a run to stop after the step it is in, and to save.")
+    stop.add_argument("run", help="id or folder of a run")
+    for sub in (listed, chat, stop, train):
+        sub.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
+    add("fields", _fields, "List the fields of a spec with unit, default and meaning.")
+    for name in ("worker", "chat-worker"):
+        worker = add(name, _worker, "Used by the program itself: train, or chat with, the run in a folder.")
+        worker.add_argument("run", type=Path)
+        worker.set_defaults(module="engine.train.worker" if name == "worker" else "engine.chat")
+    return parser
+
+
+def _spec_of(options: argparse.Namespace) -> RunSpec:
+    values = load_values(find_spec_file(options.spec)) if options.spec else {}
+    if getattr(options, "runs", "runs") != "runs":
+        values["output"] = options.runs
+    return parse_spec(apply_overrides(values, options.set))
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.resume:
+        run = runs.open_run(options.resume, options.runs)
+    else:
+        spec = _spec_of(options)
+        plan = make_plan(spec)
+        require_fit(plan)
+        require_weights(spec.model)
+        run = runs.create_run(spec, plan.to_dict())
+    seen = run.events_path.stat().st_size if run.events_path.exists() else 0
+    workers.start_worker(run)
+    if options.detach:
+        print(run.path, flush=True)
+        return 0
+    status = follow(run, seen)
+    report = workers.finish_report(run)
+    if options.json:
+        print(json.dumps(report), flush=True)
+    return 0 if status.state == "finished" else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    plan = make_plan(_spec_of(options))
+    if options.json:
+        print(json.dumps(plan.to_dict()), flush=True)
+    else:
+        _print_plan(plan)
+    return 0
+
+
+def _print_plan(plan: Plan) -> None:
+    for label, num_bytes in plan_table(plan):
+        print(f"{label:<28}{format_bytes(num_bytes):>12}")
+    print(f"{'Peak':<28}{format_bytes(plan.peak_bytes):>12}   in the {plan.phase}")
+    print(f"{'Between':<28}{format_bytes(plan.lower_bytes):>12}   and {format_bytes(plan.upper_bytes)}")
+    print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
+    for remedy in plan.remedies:
+        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}; {remedy.cost}")
+
+
+def _runs(options: argparse.Namespace) -> int:
+    runs.reconcile(options.runs)
+    found = runs.list_runs(options.runs)
+    if options.json:
+        print(json.dumps([workers.finish_report(run) for run in found]), flush=True)
+    else:
+        print_runs(found)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    if options.run:
+        run = runs.open_run(options.run, options.runs)
+    else:
+        ready = [run for run in runs.list_runs(options.runs) if (run.delta_path / "delta.json").exists()]
+        if not ready:
+            raise EngineError(f"No run under {options.runs!r} has a result yet. Train one first.")
+        run = ready[0]
+    return chat_in_terminal(run)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    run = runs.open_run(options.run, options.runs)
+    if not runs.has_worker(run):
+        raise EngineError(f"Run {run.id} is not at work: it is {runs.read_status(run).state}.")
+    runs.send_request(run, "stop")
+    print(f"{run.id} was {workers.wait_for_end(run).state}.", flush=True)
+    return 0
+
+
+def _fields(_options: argparse.Namespace) -> int:
+    for name, field in RunSpec.model_fields.items():
+        item = about(name)
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        print(f"{name} ({', '.join(part for part in (item.unit, default) if part)})\n    {item.help}")
+    return 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    status: int = import_module(options.module).main(runs.open_run(options.run.absolute()))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Held-out figures: the loss per labelled token, and answers compared word for word."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.batches import Batch, Question
+from engine.events import Sample
+
+ANSWER_TOKENS = 96  # an answer that is longer than this is cut, and then counts as wrong
+ANSWER_BATCH = 32
+
+
+def causal_loss(model: nn.Module, batch: Batch, labelled_tokens: int, device: torch.device) -> Tensor:
+    """Return the cross-entropy summed over the labelled tokens of `batch` and divided by `labelled_tokens`.
+
+    Dividing by the labelled tokens of the whole optimizer step makes one backward of 8 rows and 8 backwards of one
+    row the same step, whatever their lengths.
+
+    Args:
+        model: returns `.logits`, (rows, length, vocabulary).
+        batch: labels unshifted, -100 where nothing is predicted.
+        labelled_tokens: the divisor, at least 1.
+        device: where the model is.
+    """
+    input_ids, mask, labels = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+    logits = model(input_ids=input_ids, attention_mask=mask).logits
+    logits = logits[:, :-1].flatten(0, 1)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return loss / labelled_tokens
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, interrupted: Callable[[], bool] = lambda: False
+) -> float:
+    """Return the mean loss over all labelled tokens of `batches`; NaN where there are none."""
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        if interrupted():
+            break
+        total += float(causal_loss(model, batch, 1, device))
+        tokens += batch.labelled_tokens
+    model.train(was_training)
+    return total / tokens if tokens else float("nan")
+
+
+@torch.no_grad()
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Sample]:
+    """Return the greedy answer to each question, in order; fewer where `interrupted` said to stop.
+
+    Questions are answered in batches of similar length, padded on the left.
+    """
+    was_training = model.training
+    model.eval()
+    answers: dict[int, str] = {}
+    order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt_ids))
+    for start in range(0, len(order), ANSWER_BATCH):
+        if interrupted():
+            break
+        chosen = order[start : start + ANSWER_BATCH]
+        texts = _generate(model, tokenizer, [questions[number].prompt_ids for number in chosen])
+        answers.update(zip(chosen, texts, strict=True))
+    model.train(was_training)
+    return [
+        Sample(question.question, question.expected, answers[number])
+        for number, question in enumerate(questions)
+        if number in answers
+    ]
+
+
+def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
+    longest = max(len(prompt) for prompt in prompts)
+    pad = padding_id(tokenizer)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    generate: Any = model.generate
+    out = generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=pad, use_cache=True
+    )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token id to pad with: the tokenizer's own, else its end token, else 0. Padding is always masked."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def exact_match(samples: Sequence[Sample]) -> float | None:
+    """Return the share of answers that equal what was expected, both stripped; None without samples."""
+    if not samples:
+        return None
+    return sum(sample.answer.strip() == sample.expected.strip() for sample in samples) / len(samples)

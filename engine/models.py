@@ -1,0 +1,71 @@
+"""The base model and its tokenizer through transformers, from a bundled name, a local folder or the Hub."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from engine.errors import ModelError
+from engine.hub import hub_online, require_hub
+from engine.planner.shape import require_weights, resolve_model
+from engine.spec import RunSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype of a spec's `dtype`; auto is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[dtype]
+
+
+def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
+    """Return the base model in evaluation mode on `device`, in the dtype and with the attention of the spec.
+
+    Raises:
+        ModelError: it is not there, has no weights, or transformers cannot build it.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    require_weights(spec.model)
+    model = _load(
+        AutoModelForCausalLM,
+        spec,
+        dtype=resolve_dtype(spec.dtype, device),
+        attn_implementation=spec.attention,
+        use_safetensors=True,
+    )
+    placed: PreTrainedModel = model.to(device).eval()
+    return placed
+
+
+def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the base model.
+
+    Raises:
+        ModelError: the model has none that can be read.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, spec)
+    return tokenizer
+
+
+def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
+    source = resolve_model(spec.model, spec.model_revision)
+    local = isinstance(source, Path)
+    online = not local and hub_online()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if online else "1")
+    transformers_logging.disable_progress_bar()
+    try:
+        return loader.from_pretrained(
+            source, revision=spec.model_revision or "main", local_files_only=not online, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not local and not online:
+            require_hub(f"model {spec.model!r}")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "tokenizer" if loader is AutoTokenizer else "model"
+        raise ModelError(f"The {what} of {spec.model!r} cannot be loaded: {first}") from error

@@ -1,0 +1,170 @@
+"""A run in the terminal: progress bar, figures as they come, result; the list of runs; a chat."""
+
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from engine import runs, workers
+from engine.errors import EngineError
+from engine.events import DataPrepared, Evaluated, Event, ModelLoaded, Selected, StateChanged, Stepped, Warned
+from engine.runs import Run, RunStatus
+from engine.units import format_bytes, format_count, format_duration, format_percent
+
+POLL_S = 0.3
+
+
+def follow(run: Run, since: int = 0) -> RunStatus:
+    """Show a run until its worker is gone; Ctrl-C asks it to stop and goes on showing.
+
+    Args:
+        run: with a worker at work.
+        since: position in its events from which to show.
+
+    Returns:
+        The status it ended with.
+    """
+    console = Console(highlight=False, stderr=True)
+    console.print(f"Run {run.id} in {run.path}", soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("steps", total=None, text="")
+        alive = True
+        while alive:
+            try:
+                alive = runs.has_worker(run)  # asked first: what it wrote before it ended is still read
+                records, since = runs.read_events(run, since)
+                for record in records:
+                    if isinstance(record.event, Stepped):
+                        progress.update(
+                            task,
+                            completed=record.event.step,
+                            total=record.event.total_steps,
+                            text=_step_text(record.event),
+                        )
+                    elif line := _line(record.event):
+                        console.print(line, soft_wrap=True)
+                time.sleep(POLL_S if alive else 0)
+            except KeyboardInterrupt:
+                runs.send_request(run, "stop")
+                console.print("Stopping after this step.")
+    runs.reconcile(run.path.parent)
+    status = runs.read_status(run)
+    _print_result(run, status, console)
+    return status
+
+
+def _step_text(step: Stepped) -> str:
+    return (
+        f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s  {format_bytes(step.memory_bytes)}  "
+        f"{format_duration(step.remaining_s)} left"
+    )
+
+
+def _line(event: Event) -> str:
+    match event:
+        case DataPrepared():
+            dropped = ", ".join(f"{count} {reason}" for reason, count in event.dropped.items() if count)
+            return (
+                f"Data: {event.training_rows:,} rows to train on ({event.format}, {event.template} template), "
+                f"{event.evaluation_rows:,} held out" + (f"; not as they were: {dropped}" if dropped else "")
+            )
+        case ModelLoaded():
+            return (
+                f"Model: {format_count(event.num_parameters)} parameters in {event.dtype} on {event.device}; trained: "
+                f"{format_count(event.num_active)} entries of {event.tensors} weights"
+            )
+        case Selected():
+            return f"Chosen by {event.method} in step {event.step}: {format_percent(event.density)} of the targets"
+        case Evaluated():
+            match_text = "" if event.exact_match is None else f", exact match {event.exact_match:.2f}"
+            return (
+                "" if math.isnan(event.loss) else f"Held-out loss after step {event.step}: {event.loss:.4f}{match_text}"
+            )
+        case Warned():
+            return f"Note: {event.message}"
+        case StateChanged() if event.detail and event.state != "failed":
+            return event.detail
+    return ""
+
+
+def _print_result(run: Run, status: RunStatus, console: Console) -> None:
+    if status.state == "failed":
+        console.print(f"Error: {status.detail}", soft_wrap=True)
+        return
+    report = runs.read_report(run)
+    if not report:
+        console.print(f"The run was {status.state}.")
+        return
+    loss = report["evaluation_loss"]
+    parts = [f"{status.state.capitalize()} after {report['steps']} steps, {format_duration(report['train_seconds'])}"]
+    if loss["base"] is not None and loss["tuned"] is not None:
+        parts.append(f"held-out loss {loss['base']:.4f} -> {loss['tuned']:.4f}")
+    if report["exact_match"]["tuned"] is not None:
+        parts.append(f"exact match {report['exact_match']['base']:.2f} -> {report['exact_match']['tuned']:.2f}")
+    peak, planned = format_bytes(report["peak_bytes"]), format_bytes(report["planned_peak_bytes"])
+    parts.append(f"peak {peak} (planned {planned})")
+    console.print("; ".join(parts) + ".", soft_wrap=True)
+
+
+def print_runs(found: list[Run]) -> None:
+    """Print the runs as a table."""
+    table = Table(box=None)
+    for heading in ("run", "state", "steps", "held-out loss", "exact match", "peak"):
+        table.add_column(heading)
+    for run in found:
+        status, report = runs.read_status(run), runs.read_report(run)
+        table.add_row(
+            run.id,
+            status.state,
+            f"{status.step}/{status.total_steps}",
+            _arrow(report.get("evaluation_loss"), 4),
+            _arrow(report.get("exact_match"), 2),
+            format_bytes(report["peak_bytes"]) if report else "",
+        )
+    Console(highlight=False).print(table if found else "No runs yet.")
+
+
+def _arrow(pair: dict[str, float | None] | None, digits: int) -> str:
+    if not pair or pair["base"] is None:
+        return ""
+    tuned = "" if pair["tuned"] is None else f" -> {pair['tuned']:.{digits}f}"
+    return f"{pair['base']:.{digits}f}{tuned}"
+
+
+def chat_in_terminal(run: Run) -> int:
+    """Ask at the prompt and print both answers as they come, until end of input; return the exit status."""
+    console = Console(highlight=False)
+    console.print(f"Chat with {run.id}. An empty line or Ctrl-D ends it.", soft_wrap=True)
+    chat = workers.start_chat(run)
+    history: dict[workers.Side, list[dict[str, str]]] = {"base": [], "tuned": []}
+    try:
+        while question := console.input("[bold]you>[/bold] ").strip():
+            for messages in history.values():
+                messages.append({"role": "user", "content": question})
+            for side, answer in _answers(chat, history, console):
+                history[side].append({"role": "assistant", "content": answer})
+    except EOFError:
+        console.print()
+    finally:
+        chat.close()
+    return 0
+
+
+def _answers(
+    chat: workers.ChatProcess, history: dict[workers.Side, list[dict[str, str]]], console: Console
+) -> list[tuple[workers.Side, str]]:
+    answers: dict[workers.Side, str] = {}
+    try:
+        for chunk in chat.stream(history):
+            if chunk.side not in answers:
+                console.print(f"[dim]{chunk.side:>5}>[/dim] ", end="")
+            console.print(chunk.text[len(answers.get(chunk.side, "")) :], end="\n" if chunk.done else "", markup=False)
+            answers[chunk.side] = chunk.text
+    except EngineError as error:
+        if not chat.alive or not answers:
+            raise
+        console.print(f"\nError: {error}")
+    return list(answers.items())

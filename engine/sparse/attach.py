@@ -1,0 +1,123 @@
+"""Attach sparse tuning to a model: `attach(model, spec)` gives parameters for any optimizer, and writes them back."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engine.sparse.delta import ActiveEntries, DeltaInfo, SparseDelta, fingerprint
+from engine.sparse.hooks import GradientHooks
+from engine.sparse.probe import GradientProbe
+from engine.sparse.selection import select_random_indices
+from engine.sparse.sift import FirstGradientSelection
+from engine.spec import RunSpec
+from engine.targets import match_targets, num_active_of
+
+
+class SparseTuning:
+    """Sparse tuning at work on a model. Made by `attach`.
+
+    One optimizer step: the backward of each micro-batch, `end_micro_step` after each, then the optimizer over `values`,
+    then `write_back`. Gradients of micro-batches are summed in fp32 into `values.grad`; divide the losses accordingly.
+    """
+
+    def __init__(self, model: nn.Module, entries: list[ActiveEntries], spec: RunSpec) -> None:
+        """Prefer `attach`, which finds the targets and makes the entries."""
+        self.entries = entries
+        self.spec = spec
+        self.probe: GradientProbe | None = None
+        self._selection: FirstGradientSelection | None = None
+        self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
+        self._hooks = GradientHooks(model, entries, self._take)
+
+    @property
+    def values(self) -> list[nn.Parameter]:
+        """The trained parameters, one a target, (num_active,) each."""
+        return [entry.values for entry in self.entries]
+
+    @property
+    def num_active(self) -> int:
+        """Trained entries over all targets."""
+        return sum(entry.num_active for entry in self.entries)
+
+    @property
+    def target_numel(self) -> int:
+        """Entries of all targets, trained or not."""
+        return sum(entry.weight.numel() for entry in self.entries)
+
+    @property
+    def selecting(self) -> bool:
+        """Whether the trained entries are still to be chosen from gradients."""
+        return self._selection is not None
+
+    def begin_selection(self, micro_steps: int, *, keep_gradient: bool = True) -> None:
+        """Let the next `micro_steps` backwards choose the entries; see `FirstGradientSelection`."""
+        self._selection = FirstGradientSelection(self.entries, micro_steps, keep_gradient=keep_gradient)
+
+    def place_random(self, generator: torch.Generator) -> None:
+        """Choose the entries at random: the control of both papers."""
+        for entry in self.entries:
+            entry.place(select_random_indices(entry.weight.numel(), entry.num_active, generator))
+
+    def place(self, indices: Iterator[tuple[str, Tensor]]) -> None:
+        """Put given indices in place, as a checkpoint has them."""
+        entries = {entry.name: entry for entry in self.entries}
+        for name, positions in indices:
+            entries[name].place(positions)
+        self._selection = None
+
+    def _take(self, entry: ActiveEntries, grad: Tensor) -> None:
+        if self._selection is not None:
+            self._selection.observe(entry, grad)
+        else:
+            gathered = entry.gather(grad)
+            entry.values.grad = gathered if entry.values.grad is None else entry.values.grad.add_(gathered)
+        if self.probe is not None and entry.indices is not None:
+            self.probe.observe(entry, grad)
+
+    def end_micro_step(self) -> None:
+        """Say that the backward of a micro-batch is over."""
+        if self._selection is not None:
+            self._selection.end_micro_step()
+            if self._selection.done:
+                self._selection = None
+
+    def write_back(self) -> None:
+        """Put the values into the weights, after the optimizer's step."""
+        for entry in self.entries:
+            entry.write_back()
+
+    def delta(self) -> SparseDelta:
+        """Return a copy of the delta as it is now."""
+        info = DeltaInfo(self.spec.method, self.num_active / self.target_numel, self.spec.model, self._fingerprint)
+        return SparseDelta.of(info, self.entries)
+
+    def detach(self) -> None:
+        """Take the hooks away and give every base weight back, bit for bit."""
+        self._hooks.remove()
+        for entry in self.entries:
+            entry.restore()
+
+
+def attach(model: nn.Module, spec: RunSpec) -> SparseTuning:
+    """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
+
+    For `random` the entries are chosen here; for `sift` call `begin_selection`, or let the first optimizer step of the
+    training loop do it.
+
+    Args:
+        model: any torch model; tied weights count once.
+        spec: `method`, `targets`, `density` or `num_trainable`, and `seed` are read.
+
+    Raises:
+        TargetsError: no parameter matches `spec.targets`.
+    """
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    names = match_targets(shapes, spec.targets)
+    counts = num_active_of({name: parameters[name].numel() for name in names}, spec.density, spec.num_trainable)
+    entries = [ActiveEntries(name, parameters[name], count) for name, count in counts.items()]
+    tuning = SparseTuning(model, entries, spec)
+    if spec.method == "random":
+        tuning.place_random(torch.Generator().manual_seed(spec.seed))
+    return tuning

@@ -1,0 +1,96 @@
+"""Checkpoints from which a run goes on as if it had never stopped. Safetensors only, never pickle.
+
+A checkpoint is a folder named after its step: `values.safetensors` (indices, values, optimizer states, RNG) and
+`state.json`. It is written beside its place and renamed, so that a folder with a number is always whole.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import RunError
+from engine.sparse.attach import SparseTuning
+
+KEPT = 2  # newest checkpoints that stay
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands besides its tensors: plain numbers that `state.json` holds."""
+
+    step: int
+    elapsed_s: float
+    peak_bytes: int
+
+
+def save_checkpoint(folder: Path, tuning: SparseTuning, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    """Write the checkpoint of `progress.step` under `folder` and drop all but the newest `KEPT`.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for entry in tuning.entries:
+        assert entry.indices is not None
+        tensors[f"{entry.name}.indices"] = entry.indices
+        tensors[f"{entry.name}.values"] = entry.values.detach()
+        for key, state in optimizer.state[entry.values].items():
+            tensors[f"{entry.name}.optimizer.{key}"] = torch.as_tensor(state)
+    partial = folder / f".{progress.step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "values.safetensors")
+    (partial / "state.json").write_text(json.dumps(progress.__dict__), encoding="utf-8")
+    target = folder / str(progress.step)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    for old in sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda p: int(p.name))[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's indices, values, optimizer states and RNG in place, and write the values into the weights.
+
+    Raises:
+        RunError: the checkpoint is damaged, or does not fit the model.
+    """
+    try:
+        tensors = load_file(checkpoint / "values.safetensors")
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        tuning.place((entry.name, tensors[f"{entry.name}.indices"]) for entry in tuning.entries)
+        with torch.no_grad():
+            for entry in tuning.entries:
+                entry.values.copy_(tensors[f"{entry.name}.values"])
+        optimizer.load_state_dict(_optimizer_state(tensors, tuning, optimizer))
+        tuning.write_back()
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return Progress(**state)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"Checkpoint {str(checkpoint)!r} cannot be read ({type(error).__name__}: {error}). "
+            "Delete its folder to go on from the one before."
+        ) from error
+
+
+def _optimizer_state(
+    tensors: dict[str, Tensor], tuning: SparseTuning, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    states = {}
+    for number, entry in enumerate(tuning.entries):
+        prefix = f"{entry.name}.optimizer."
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if found:
+            states[number] = found
+    return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}

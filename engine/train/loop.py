@@ -1,0 +1,210 @@
+"""The training loop: one optimizer step after another, with evaluation, probes and checkpoints in between.
+
+The loop owns no files: it says what happens through `emit` and asks `Control` what is wanted of it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.batches import Batch, PreparedData, evaluation_batches, step_batches, steps_in_run
+from engine.errors import TrainingError
+from engine.evaluate import answer_questions, causal_loss, exact_match, heldout_loss
+from engine.events import Evaluated, Event, Probed, Selected, Stepped
+from engine.sparse.attach import SparseTuning
+from engine.sparse.optim import clip_gradient
+from engine.sparse.probe import GradientProbe
+from engine.spec import RunSpec
+from engine.train.memory import MemoryMeter
+
+SHOWN_SAMPLES = 8  # answers an evaluation event carries
+
+
+class Control(Protocol):
+    """What a person asks of a run while it runs."""
+
+    def stop_requested(self) -> bool:
+        """Return whether the run is to end after the step it is in."""
+
+    def checkpoint_requested(self) -> bool:
+        """Return whether a checkpoint was asked for since the last call."""
+
+
+@dataclass
+class Trainer:
+    """One run in progress: what it works with and how far it is.
+
+    `step` optimizer steps are done; `elapsed_s` seconds were spent in `run`, over all sessions of the run.
+    """
+
+    spec: RunSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    tuning: SparseTuning
+    optimizer: torch.optim.Optimizer
+    emit: Callable[[Event], None]
+    control: Control
+    save: Callable[["Trainer"], None]
+    memory: MemoryMeter
+    step: int = 0
+    elapsed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Prepare the model for training."""
+        self.device = next(self.model.parameters()).device
+        self.total_steps = steps_in_run(len(self.data.training), self.spec)
+        self.model.config.use_cache = False
+        if self.spec.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def run(self) -> bool:
+        """Train from the step after `self.step` to the last one.
+
+        Returns:
+            Whether the run went to its end; False where it was stopped.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self.model.train()
+        if self.step == 0 and self.spec.method == "sift":
+            self._begin_selection()
+        started, before, first = time.monotonic(), self.elapsed_s, self.step
+        while self.step < self.total_steps:
+            if self.control.stop_requested():
+                return False
+            begun = time.monotonic()
+            loss, norm, tokens = self._optimizer_step(self.step + 1)
+            self.step += 1
+            now = time.monotonic()
+            self.elapsed_s = before + now - started
+            remaining_s = (now - started) / (self.step - first) * (self.total_steps - self.step)
+            self.emit(
+                Stepped(
+                    self.step,
+                    self.total_steps,
+                    loss,
+                    learning_rate_at(self.step, self.total_steps, self.spec),
+                    norm,
+                    tokens / (now - begun),
+                    self.memory.current_bytes(),
+                    self.memory.peak_bytes(),
+                    self.elapsed_s,
+                    remaining_s,
+                )
+            )
+            self._between_steps()
+            self.elapsed_s = before + time.monotonic() - started
+        return True
+
+    def _between_steps(self) -> None:
+        last = self.step == self.total_steps
+        if _due(self.step, self.spec.evaluation_interval) and not last:
+            self.evaluate(answers=SHOWN_SAMPLES if self.data.questions else 0, scored=False)
+        if self.control.checkpoint_requested() or (_due(self.step, self.spec.checkpoint_interval) and not last):
+            self.save(self)
+
+    def _begin_selection(self) -> None:
+        count = self.spec.selection_micro_steps or self.spec.gradient_accumulation
+        if count <= self.spec.gradient_accumulation:
+            self.tuning.begin_selection(count)
+            return
+        # More micro-batches than the first step has: a pass over them that only chooses.
+        self.tuning.begin_selection(count, keep_gradient=False)
+        batches = list(islice(self._micro_batches(), count))
+        tokens = sum(batch.labelled_tokens for batch in batches)
+        for batch in batches:
+            self._backward(batch, tokens)
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        step = 1
+        while True:
+            yield from step_batches(self.data.training, self.spec, step)
+            step += 1
+
+    def _optimizer_step(self, step: int) -> tuple[float, float, int]:
+        """Do step `step`, from 1; return its loss, the gradient's norm before clipping, and its tokens."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.total_steps, self.spec)
+        selecting = self.tuning.selecting
+        batches = step_batches(self.data.training, self.spec, step)
+        labelled = sum(batch.labelled_tokens for batch in batches)
+        loss = 0.0
+        for number, batch in enumerate(batches, 1):
+            if number == len(batches) and self._probe_due(step):
+                self.tuning.probe = GradientProbe()
+            loss += self._backward(batch, max(1, labelled))
+        self._report_probe(step)
+        if selecting or step == 1:
+            density = self.tuning.num_active / self.tuning.target_numel
+            self.emit(Selected(step, self.spec.method, self.tuning.num_active, density))
+        norm = float(clip_gradient(self.tuning.values, self.spec.max_grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tuning.write_back()
+        return loss, norm, sum(int(batch.attention_mask.sum()) for batch in batches)
+
+    def _backward(self, batch: Batch, labelled_tokens: int) -> float:
+        loss = causal_loss(self.model, batch, labelled_tokens, self.device)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The loss became {value} after step {self.step}. Lower learning_rate (now "
+                f"{self.spec.learning_rate:g}), or set dtype=float32."
+            )
+        loss.backward()
+        self.tuning.end_micro_step()
+        return value
+
+    def _probe_due(self, step: int) -> bool:
+        interval = self.spec.probe_interval
+        # Step 1 chooses by its own gradient, so the first gradient worth comparing with is that of step 2.
+        return interval > 0 and (step == 2 or step % interval == 0) and not self.tuning.selecting
+
+    def _report_probe(self, step: int) -> None:
+        probe, self.tuning.probe = self.tuning.probe, None
+        if not probe:
+            return
+        shares = probe.overall
+        tensors = {name: (item.top, item.selected, item.best) for name, item in probe.tensors.items()}
+        self.emit(Probed(step, shares.top, shares.selected, shares.best, tensors))
+
+    def evaluate(self, answers: int, *, scored: bool) -> Evaluated:
+        """Compute the held-out loss, answer up to `answers` held-out questions, emit and return the figures.
+
+        Args:
+            answers: held-out questions to answer.
+            scored: whether the answers make an exact-match figure, or are shown only.
+        """
+        stop = self.control.stop_requested
+        batches = evaluation_batches(self.data.evaluation[: self.spec.evaluation_rows], self.spec)
+        loss = heldout_loss(self.model, batches, self.device, stop)
+        samples = answer_questions(self.model, self.tokenizer, self.data.questions[:answers], stop)
+        figures = Evaluated(self.step, loss, exact_match(samples) if scored else None, tuple(samples[:SHOWN_SAMPLES]))
+        self.emit(figures)
+        return figures
+
+
+def learning_rate_at(step: int, total_steps: int, spec: RunSpec) -> float:
+    """Return the learning rate of optimizer step `step`, from 1: a linear rise, then the schedule down to zero."""
+    warmup = round(spec.warmup_fraction * total_steps)
+    if step <= warmup:
+        return spec.learning_rate * step / warmup
+    if spec.lr_schedule == "constant":
+        return spec.learning_rate
+    # The step after the last one would have a rate of zero.
+    done = (step - 1 - warmup) / max(1, total_steps - warmup)
+    if spec.lr_schedule == "cosine":
+        return spec.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return spec.learning_rate * (1 - done)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

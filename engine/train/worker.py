@@ -1,0 +1,270 @@
+"""The process that trains one run: locks, loads, trains, saves, and says how it went in the run folder."""
+
+import math
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from types import FrameType
+from typing import Any
+
+import filelock
+import psutil
+import torch
+
+from engine.data.batches import prepare_data
+from engine.errors import EngineError
+from engine.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    EventWriter,
+    ModelLoaded,
+    RunState,
+    StateChanged,
+    Stepped,
+    Warned,
+)
+from engine.hardware import resolve_device
+from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.planner.plan import make_plan, require_fit
+from engine.runs import (
+    Run,
+    RunStatus,
+    latest_checkpoint,
+    read_events,
+    read_spec,
+    run_lock,
+    take_request,
+    write_json,
+    write_status,
+)
+from engine.sparse.attach import attach
+from engine.sparse.optim import build_optimizer
+from engine.spec import RunSpec
+from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from engine.train.loop import Trainer
+from engine.train.memory import MemoryMeter
+
+LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
+QUEUE_POLL_S = 0.5
+STATUS_INTERVAL_S = 0.3
+
+
+class Journal:
+    """Writes what happens into the run folder, and takes requests from it."""
+
+    def __init__(self, run: Run) -> None:
+        """Open the event file of `run` and claim its status."""
+        process = psutil.Process()
+        self.run = run
+        self._events = EventWriter(run.events_path)
+        self._status = RunStatus("queued", pid=process.pid, create_time=process.create_time())
+        self._stop = False
+        self._written_s = 0.0
+
+    def emit(self, event: Event) -> None:
+        """Append an event; the status follows it."""
+        self._events.write(event)
+        status = replace(self._status, seq=self._events.seq)
+        if isinstance(event, StateChanged):
+            status = replace(status, state=event.state, detail=event.detail)
+        if isinstance(event, Stepped):
+            status = replace(status, step=event.step, total_steps=event.total_steps, remaining_s=event.remaining_s)
+        self._status = status
+        if not isinstance(event, Stepped) or time.monotonic() - self._written_s > STATUS_INTERVAL_S:
+            write_status(self.run, status)
+            self._written_s = time.monotonic()
+
+    def state(self, state: RunState, detail: str = "") -> None:
+        """Enter a state."""
+        self.emit(StateChanged(state, detail))
+
+    def request_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Stop after the step in progress; a signal handler."""
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Return whether the run is to end; once true it stays so."""
+        self._stop = self._stop or take_request(self.run, "stop")
+        return self._stop
+
+    def checkpoint_requested(self) -> bool:
+        """Return whether a checkpoint was asked for since the last call."""
+        return take_request(self.run, "checkpoint")
+
+
+def main(run: Run) -> int:
+    """Train `run` to its end, from its newest checkpoint if it has one; return the process's exit status.
+
+    0: finished or stopped as asked. 1: failed, with the sentence in status.json and events.jsonl.
+    """
+    lock = run_lock(run)
+    try:
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
+    except filelock.Timeout:
+        print(f"Run {run.id} has a worker already.", flush=True)
+        return 1
+    journal = Journal(run)
+    signal.signal(signal.SIGTERM, journal.request_stop)
+    signal.signal(signal.SIGINT, journal.request_stop)
+    try:
+        with _device_turn(run, journal) as my_turn:
+            if my_turn:
+                _work(run, journal)
+            else:
+                journal.state("stopped", "Stopped while it was queued.")
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        journal.state("failed", _sentence(error))
+        return 1
+    finally:
+        lock.release()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, EngineError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return (
+            "The device ran out of memory. Lower micro_batch_size or sequence_length, "
+            "or set gradient_checkpointing=true."
+        )
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"The worker met an unexpected error ({type(error).__name__}: {first}). output.log has the details."
+
+
+@contextmanager
+def _device_turn(run: Run, journal: Journal) -> Iterator[bool]:
+    """Wait as `queued` until no other run of the folder uses the device; yield False where a stop came first."""
+    device = resolve_device(read_spec(run).device)
+    turn = filelock.FileLock(run.path.parent / f".{device.name.replace(':', '-')}.lock")
+    waiting = False
+    while True:
+        try:
+            turn.acquire(blocking=False)
+            break
+        except filelock.Timeout:
+            if not waiting:
+                journal.state("queued", f"Waiting for another run on {device.label} to end.")
+                waiting = True
+            if journal.stop_requested():
+                yield False
+                return
+            time.sleep(QUEUE_POLL_S)
+    try:
+        yield True
+    finally:
+        turn.release()
+
+
+def _work(run: Run, journal: Journal) -> None:
+    spec = read_spec(run)
+    journal.state("preparing", "Reading the dataset.")
+    plan = make_plan(spec)
+    require_fit(plan)
+    device = torch.device(resolve_device(spec.device).name)
+    torch.manual_seed(spec.seed)
+    trainer = _build(spec, run, journal, device)
+    base = _base_figures(run, trainer, journal)
+    journal.state("running")
+    try:
+        finished = trainer.run()
+    except Exception:
+        _keep_what_was_learnt(run, trainer)
+        raise
+    if not finished:
+        journal.state("stopping", "Saving.")
+    if not trainer.tuning.selecting:
+        trainer.save(trainer)
+        trainer.tuning.delta().save(run.delta_path)
+    tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if finished else None
+    _write_report(run, trainer, base, tuned, plan.peak_bytes, "finished" if finished else "stopped")
+    journal.state("finished" if finished else "stopped")
+
+
+def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> Trainer:
+    tokenizer = load_tokenizer(spec)
+    data = prepare_data(spec, tokenizer)
+    journal.emit(data.summary)
+    journal.state("preparing", "Loading the model.")
+    begun = time.monotonic()
+    model = load_model(spec, device)
+    tuning = attach(model, spec)
+    journal.emit(
+        ModelLoaded(
+            sum(parameter.numel() for parameter in model.parameters()),
+            len(tuning.entries),
+            tuning.target_numel,
+            tuning.num_active,
+            str(device),
+            str(resolve_dtype(spec.dtype, device)).removeprefix("torch."),
+            time.monotonic() - begun,
+        )
+    )
+    optimizer = build_optimizer(tuning.values, spec.optimizer, spec.learning_rate, spec.weight_decay)
+
+    def save(trainer: Trainer) -> None:
+        progress = Progress(trainer.step, trainer.elapsed_s, trainer.memory.peak_bytes())
+        path = save_checkpoint(run.checkpoints_path, tuning, optimizer, progress)
+        journal.emit(Checkpointed(trainer.step, str(path.relative_to(run.path))))
+
+    trainer = Trainer(spec, model, tokenizer, data, tuning, optimizer, journal.emit, journal, save, MemoryMeter(device))
+    if checkpoint := latest_checkpoint(run):
+        progress = load_checkpoint(checkpoint, tuning, optimizer)
+        trainer.step, trainer.elapsed_s = progress.step, progress.elapsed_s
+        trainer.memory = MemoryMeter(device, progress.peak_bytes)
+        journal.emit(Warned(f"Going on from the checkpoint of step {progress.step}."))
+    return trainer
+
+
+def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated:
+    """Return the figures of the untuned base, from the run's events where an earlier session computed them."""
+    for record in read_events(run)[0]:
+        if isinstance(record.event, Evaluated) and record.event.step == 0:
+            return record.event
+    journal.state("preparing", "Evaluating the base model.")
+    return trainer.evaluate(trainer.spec.exact_match_rows, scored=True)
+
+
+def _keep_what_was_learnt(run: Run, trainer: Trainer) -> None:
+    """Save the last whole step of a run that fails, as far as the failure allows."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.step == 0 or trainer.tuning.selecting:
+        return
+    try:
+        trainer.save(trainer)
+        trainer.tuning.delta().save(run.delta_path)
+    except (OSError, RuntimeError):
+        traceback.print_exc()
+
+
+def _write_report(
+    run: Run, trainer: Trainer, base: Evaluated, tuned: Evaluated | None, planned_bytes: int, state: RunState
+) -> None:
+    spec, tuning = trainer.spec, trainer.tuning
+    report: dict[str, Any] = {
+        "run": run.id,
+        "state": state,
+        "exact_match": {"base": base.exact_match, "tuned": tuned.exact_match if tuned else None},
+        "evaluation_loss": {"base": _number(base.loss), "tuned": _number(tuned.loss) if tuned else None},
+        "train_seconds": round(trainer.elapsed_s, 2),
+        "peak_bytes": trainer.memory.peak_bytes(),
+        "planned_peak_bytes": planned_bytes,
+        "steps": trainer.step,
+        "total_steps": trainer.total_steps,
+        "num_active": tuning.num_active,
+        "density": tuning.num_active / tuning.target_numel,
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "method": spec.method,
+        "samples": [asdict(sample) for sample in tuned.samples] if tuned else [],
+    }
+    write_json(run.path / "report.json", report)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,199 @@
+"""Start worker processes and talk to them: training, and chat. Never torch, so that the interface can use it.
+
+A training worker lives in a session of its own with its output in a file: it outlives the app. A chat worker speaks
+JSON lines over its pipes and ends when they close.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import EngineError, RunError, WorkerError
+from engine.hub import hub_online
+from engine.runs import Run, RunStatus, has_worker, log_tail, read_report, read_status, take_request, write_status
+
+Side = Literal["base", "tuned"]
+PROJECT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 5.0
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "engine", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    hub_online()  # asked once here; workers read the verdict from the environment
+    path = os.pathsep.join(part for part in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if part)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start_worker(run: Run) -> int:
+    """Start the worker of `run`, which goes on from the newest checkpoint if there is one.
+
+    Returns once the worker holds the run's lock.
+
+    Returns:
+        The process id.
+
+    Raises:
+        RunError: the run has a worker, or is finished.
+        WorkerError: the process ended at once.
+    """
+    if has_worker(run):
+        raise RunError(f"Run {run.id} is at work already.")
+    if read_status(run).state == "finished":
+        raise RunError(f"Run {run.id} is finished. Start a new run to train further.")
+    take_request(run, "stop")
+    write_status(run, RunStatus("queued"))
+    with run.log_path.open("ab") as log:
+        process = subprocess.Popen(
+            _command("worker", str(run.path)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(),
+        )
+    # Reaped by a thread of its own, so that no zombie stays behind an app that lives for weeks.
+    threading.Thread(target=process.wait, daemon=True).start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if has_worker(run) or read_status(run).pid == process.pid:
+            return process.pid
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    tail = log_tail(run, 1).strip() or f"exit status {process.returncode}"
+    write_status(run, RunStatus("failed", detail=f"The worker ended before it began: {tail}"))
+    raise WorkerError(f"The worker of run {run.id} ended before it began: {tail}")
+
+
+def wait_for_end(run: Run, poll_s: float = 0.2) -> RunStatus:
+    """Return the status of `run` once its worker is gone."""
+    while has_worker(run):
+        time.sleep(poll_s)
+    return read_status(run)
+
+
+@dataclass(frozen=True)
+class ChatChunk:
+    """The answer of one side so far; `done` with its last piece."""
+
+    side: Side
+    text: str
+    done: bool
+
+
+class ChatProcess:
+    """A child process that holds the base model and the delta of one run. Made by `start_chat`; one user at a time."""
+
+    def __init__(self, run: Run) -> None:
+        """Start the process; it loads the model when it is first asked."""
+        self.run = run
+        self._lock = threading.Lock()
+        self._log = (run.path / "chat.log").open("ab")
+        self._process = subprocess.Popen(
+            _command("chat-worker", str(run.path)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            env=_environment(),
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can be asked."""
+        return self._process.poll() is None
+
+    def stream(
+        self,
+        history: dict[Side, list[dict[str, str]]],
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+    ) -> Iterator[ChatChunk]:
+        """Yield the growing answers, the base's first, then the tuned model's.
+
+        A caller that stops listening half-way leaves no trace: the rest of the answer is read and dropped.
+
+        Args:
+            history: chat messages of each side to be asked, the last one the user's.
+            max_new_tokens: longest answer in tokens.
+            temperature: 0 is greedy.
+
+        Raises:
+            EngineError: the model or the delta cannot be loaded.
+            WorkerError: the process died.
+        """
+        with self._lock:
+            self._send({"history": history, "max_new_tokens": max_new_tokens, "temperature": temperature})
+            finished = False
+            try:
+                for body in self._read():
+                    finished = "end" in body or "error" in body
+                    if "error" in body:
+                        raise EngineError(body["error"])
+                    if not finished:
+                        yield ChatChunk(body["side"], body["text"], body["done"])
+            finally:
+                if not finished and self.alive:
+                    self._send({"cancel": True})
+                    for _ in self._read():
+                        pass
+
+    def _send(self, body: dict[str, Any]) -> None:
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(body) + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise WorkerError("The chat process ended. Send the message again to start a new one.") from None
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            body: dict[str, Any] = json.loads(line)
+            yield body
+            if "end" in body or "error" in body:
+                return
+        raise WorkerError("The chat process ended in the middle of an answer; chat.log in the run folder says why.")
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._log.close()
+
+
+def start_chat(run: Run) -> ChatProcess:
+    """Return a chat process over the result of `run`.
+
+    Raises:
+        RunError: the run has no delta yet.
+    """
+    if not (run.delta_path / "delta.json").is_file():
+        raise RunError(f"Run {run.id} has no result to chat with yet: it is {read_status(run).state}.")
+    return ChatProcess(run)
+
+
+def finish_report(run: Run) -> dict[str, Any]:
+    """Return the report of an ended run, or what is known of one that failed before it could write it."""
+    report = read_report(run)
+    status = read_status(run)
+    return {**report, "run": run.id, "state": status.state} | ({"error": status.detail} if status.detail else {})
