@@ -1,0 +1,248 @@
+"""From a dataset to the micro-batches of each optimizer step.
+
+The order is a pure function of the seed and the step: epoch e walks through a permutation of the rows drawn from
+(seed, e); step t takes the next `micro_batch_size * gradient_accumulation` rows, across the border of an epoch where
+one ends. So each row is seen once an epoch, every step has the same number of rows, and a resumed run sees what an
+unbroken one would have seen.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.examples import IGNORED, Example, Examples
+from engine.data.formats import Conversation, RowFormat, UnusableRowError, read_row
+from engine.data.sources import Source, iterate_rows, load_source, recognise_source, split_rows
+from engine.data.templates import encode_prompt, encode_rows, resolve_template
+from engine.errors import DatasetError
+from engine.events import DataPrepared
+from engine.spec import RunSpec
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+ENCODE_ROWS = 256  # tokenised together; more is no faster
+Progress = Callable[[int, int], None]  # rows done, rows in all
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row to be answered: the prompt's ids, the question as a person reads it, the answer given there."""
+
+    prompt_ids: list[int]
+    question: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A dataset ready for training. `evaluation` and `questions` are held out; `questions` is empty for texts."""
+
+    training: Examples
+    evaluation: Examples
+    questions: list[Question]
+    summary: DataPrepared
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, filled up at the right to its longest row.
+
+    `input_ids`, `labels`, `attention_mask`: (rows, longest) int64; labels are not shifted and -100 where no loss is.
+    `labelled_tokens`: labels that the model predicts.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    labelled_tokens: int
+
+
+@dataclass
+class _Encoded:
+    """The examples of some rows, the chats they came from and the counts by reason."""
+
+    examples: Examples
+    chats: list[Conversation] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def count(self, reason: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+
+
+def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: Progress | None = None) -> PreparedData:
+    """Return the dataset of `spec` tokenised, with the rows held out for evaluation.
+
+    At most `evaluation_rows` examples are evaluated and `exact_match_rows` questions asked; the other held-out rows
+    are neither tokenised nor trained on.
+
+    Args:
+        spec: names the dataset and how it is read.
+        tokenizer: of the base model.
+        progress: told the rows done and the rows in all, every `ENCODE_ROWS` rows.
+
+    Raises:
+        DatasetError: the dataset cannot be read, or yields no row to train on.
+        HubUnreachableError: it is on the Hub, which does not answer.
+    """
+    source = load_source(spec)
+    row_format = recognise_source(source, spec)
+    template = "none (plain text)" if row_format.kind == "text" else resolve_template(tokenizer, spec.template)
+    training_rows, held_out = split_rows(source, spec)
+    encode = functools.partial(_encode, spec, tokenizer, row_format, source)
+    training = encode(training_rows, None, progress)
+    if not len(training.examples):
+        raise DatasetError(_no_rows(source, training.counts))
+    evaluation = encode(held_out, max(spec.evaluation_rows, spec.exact_match_rows), None)
+    return PreparedData(
+        training.examples,
+        evaluation.examples[: spec.evaluation_rows],
+        [_question(chat, tokenizer, spec) for chat in evaluation.chats[: spec.exact_match_rows]],
+        DataPrepared(
+            format=row_format.kind,
+            columns={str(role): column for role, column in row_format.columns.items()},
+            template=template,
+            rows=len(training_rows) + len(held_out),
+            training_rows=len(training.examples),
+            evaluation_rows=min(len(evaluation.examples), spec.evaluation_rows),
+            dropped=training.counts,
+            tokens=training.examples.tokens,
+            labelled_tokens=training.examples.labelled_tokens,
+        ),
+    )
+
+
+def _no_rows(source: Source, counts: dict[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    remedy = (
+        "Raise sequence_length."
+        if max(counts, key=lambda reason: counts[reason]) == "too long"
+        else "Name its columns."
+    )
+    return f"Dataset {source.name!r} has no row to train on: of {len(source.training)} rows, {reasons}. {remedy}"
+
+
+def _encode(
+    spec: RunSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    row_format: RowFormat,
+    source: Source,
+    rows: "datasets.Dataset",
+    limit: int | None,
+    progress: Progress | None,
+) -> _Encoded:
+    """Tokenise rows, up to `limit` examples."""
+    result = _Encoded(Examples(pad_id=_pad_id(tokenizer)))
+    conversations = _read_rows(rows, row_format, source, result)
+    done = 0
+    while block := list(islice(conversations, ENCODE_ROWS if limit is None else min(limit, ENCODE_ROWS))):
+        usable = [item for item in block if item is not None]
+        for chat, encoded in zip(
+            usable, encode_rows(usable, tokenizer, spec.template, spec.sequence_length), strict=True
+        ):
+            if encoded.reason:
+                result.count(encoded.reason)
+            for example in encoded.examples:
+                result.examples.append(example)
+            if encoded.examples and chat.messages and limit is not None:
+                result.chats.append(chat)
+        done += len(block)
+        if progress:
+            progress(done, len(rows))
+        if limit is not None and len(result.examples) >= limit:
+            break
+    return result
+
+
+def _read_rows(
+    rows: "datasets.Dataset", row_format: RowFormat, source: Source, result: _Encoded
+) -> Iterator[Conversation | None]:
+    """Read rows; one that cannot be used is counted, and None."""
+    for row in iterate_rows(rows):
+        try:
+            yield read_row(row, row_format, ends=not source.passages)
+        except UnusableRowError as error:
+            result.count(str(error))
+            yield None
+
+
+def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
+
+
+def _question(chat: Conversation, tokenizer: "PreTrainedTokenizerBase", spec: RunSpec) -> Question:
+    prompt_ids = encode_prompt(chat.messages[:-1], tokenizer, spec.template)
+    return Question(prompt_ids, chat.question, chat.answer.strip())
+
+
+def steps_in_run(num_examples: int, spec: RunSpec) -> int:
+    """Return the optimizer steps of a run: `max_steps`, else those that see `epochs` times every example."""
+    if spec.max_steps is not None:
+        return spec.max_steps
+    return max(1, math.ceil(spec.epochs * num_examples / _step_rows(spec)))
+
+
+def _step_rows(spec: RunSpec) -> int:
+    return spec.micro_batch_size * spec.gradient_accumulation
+
+
+def step_batches(examples: Sequence[Example], spec: RunSpec, step: int) -> list[Batch]:
+    """Return the micro-batches of one optimizer step: a pure function of the seed and the step.
+
+    Args:
+        examples: at least one.
+        spec: `seed`, `micro_batch_size`, `gradient_accumulation`.
+        step: from 1.
+
+    Returns:
+        `gradient_accumulation` batches of `micro_batch_size` rows.
+    """
+    first = (step - 1) * _step_rows(spec)
+    rows = [examples[_row_at(place, len(examples), spec.seed)] for place in range(first, first + _step_rows(spec))]
+    return [*_batches(rows, spec.micro_batch_size, _pad_of(examples))]
+
+
+def evaluation_batches(examples: Sequence[Example], spec: RunSpec) -> Iterator[Batch]:
+    """Return the examples in their order, `micro_batch_size` rows to a batch; the last may have fewer."""
+    return _batches(examples, spec.micro_batch_size, _pad_of(examples))
+
+
+def _row_at(place: int, num_examples: int, seed: int) -> int:
+    epoch, position = divmod(place, num_examples)
+    return int(_permutation(num_examples, seed, epoch)[position])
+
+
+@functools.lru_cache(maxsize=2)  # the epoch that ends in a step and the one that begins
+def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
+    # torch seeds its CPU generator with the low 32 bits: the epoch must be mixed in, not put above the seed.
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed))
+
+
+def _batches(rows: Sequence[Example], size: int, pad_id: int) -> Iterator[Batch]:
+    for start in range(0, len(rows), size):
+        yield _stack(rows[start : start + size], pad_id)
+
+
+def _pad_of(examples: Sequence[Example]) -> int:
+    return examples.pad_id if isinstance(examples, Examples) else 0
+
+
+def _stack(rows: Sequence[Example], pad_id: int) -> Batch:
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for place, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[place, :length], labels[place, :length], mask[place, :length] = row.input_ids, row.labels, 1
+    labelled = sum(row.labelled_tokens for row in rows)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(mask), labelled)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from engine.errors import InvalidSpecError
+from engine.presets import list_presets, load_preset
+from engine.spec import RunSpec, about, choices
+from engine.spec_io import apply_overrides, dump_spec, load_values, parse_spec
+
+
+def _problems(**values: object) -> dict[str, str]:
+    with pytest.raises(InvalidSpecError) as caught:
+        parse_spec(values)
+    return {problem.field: problem.message for problem in caught.value.problems}
+
+
+def test_every_problem_is_reported_at_once_with_value_and_remedy() -> None:
+    found = _problems(model="demo", density=5, method="foo", seed=-1, learnin_rate=1, columns={"foo": "a"})
+    assert found.keys() == {"density", "method", "seed", "learnin_rate", "columns"}
+    assert found["density"] == "density must be in (0, 1], got 5. For 5 percent write 0.05."
+    assert found["method"] == f"method must be one of {', '.join(choices('method'))}, got 'foo'."
+    assert found["learnin_rate"] == "There is no field 'learnin_rate'. Did you mean learning_rate?"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("device", "gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'."),
+        ("targets", 3, "targets must be attention, linear, all or a list of patterns, got 3."),
+        ("micro_batch_size", 0, "micro_batch_size must be a whole number in [1, 4096], got 0."),
+        ("budget_gib", -1, "budget_gib must be a number above 0, got -1."),
+        ("max_steps", 1.5, "max_steps must be a whole number of at least 1, got 1.5."),
+        ("learning_rate", float("nan"), "learning_rate must be in (0, 10], got nan. Try 0.0002."),
+    ],
+)
+def test_each_rule_names_the_value(field: str, value: object, sentence: str) -> None:
+    assert _problems(model="demo", **{field: value}) == {field: sentence}
+
+
+def test_missing_model_is_said() -> None:
+    assert _problems()["model"].startswith("model is missing.")
+
+
+def test_spec_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        RunSpec(model="demo").density = 0.5  # type: ignore[misc]
+
+
+def test_yaml_round_trip_keeps_every_field(tmp_path: Path) -> None:
+    spec = parse_spec({"model": "demo", "targets": ["q_proj", "v_proj"], "learning_rate": 3e-4, "columns": {"text": "t"}})
+    path = tmp_path / "spec.yaml"
+    path.write_text(dump_spec(spec))
+    assert parse_spec(load_values(path)) == spec
+
+
+def test_overrides_read_yaml_and_exponents() -> None:
+    values = apply_overrides({"model": "demo"}, ["density=1e-2", "targets=[q_proj]", "max_steps=null", "budget_gib=22.5"])
+    spec = parse_spec(values)
+    assert (spec.density, spec.targets, spec.max_steps, spec.budget_gib) == (0.01, ("q_proj",), None, 22.5)
+
+
+def test_override_without_a_value_is_one_sentence() -> None:
+    with pytest.raises(InvalidSpecError, match=r"--set takes name=value, got 'density'"):
+        apply_overrides({}, ["density"])
+
+
+def test_unreadable_spec_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: [demo")
+    with pytest.raises(InvalidSpecError, match="is not valid YAML in line"):
+        load_values(path)
+
+
+def test_every_field_has_words_for_a_person() -> None:
+    for name in RunSpec.model_fields:
+        assert about(name).label
+        assert about(name).help.endswith((".", ")"))
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_preset_loads(name: str) -> None:
+    assert load_preset(name).model
