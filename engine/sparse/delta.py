@@ -53,18 +53,22 @@ class ActiveEntries:
         self.indices = indices.to(self.weight.device)
         self.base = self._flat().index_select(0, self.indices)
 
+    @property
+    def placed(self) -> Tensor:
+        """The indices, (num_active,); an error before `place`."""
+        assert self.indices is not None, f"the entries of {self.name} are not placed yet"
+        return self.indices
+
     def gather(self, dense: Tensor) -> Tensor:
         """Return the entries of `dense` (shape of the weight) at `indices`, in the dtype of the values."""
-        assert self.indices is not None
-        return dense.reshape(-1).index_select(0, self.indices.to(dense.device)).to(self.values)
+        return dense.reshape(-1).index_select(0, self.placed.to(dense.device)).to(self.values)
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Put round(base + values) into the weight."""
-        assert self.indices is not None
-        assert self.base is not None
+        assert self.base is not None, f"the entries of {self.name} are not placed yet"
         summed = (self.base.to(self.values.dtype) + self.values).to(self.weight.dtype)
-        self._flat().index_copy_(0, self.indices.long(), summed)
+        self._flat().index_copy_(0, self.placed.long(), summed)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.sparse.delta import ActiveEntries
-from engine.sparse.selection import squared_norm, squared_norm_of_top
+from engine.sparse.selection import squared_norms_of_top
 
 TOP_FRACTION = 0.01  # Figure 3d: the top 1 percent
 
@@ -31,13 +31,12 @@ class GradientProbe:
 
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the dense gradient of one weight whose entries are placed."""
-        top = max(1, int(TOP_FRACTION * grad.numel()))
-        self._norms[entry.name] = (
-            squared_norm(grad),
-            squared_norm_of_top(grad, top),
-            squared_norm(entry.gather(grad)),
-            squared_norm_of_top(grad, entry.num_active),
-        )
+        squares = grad.flatten().to(entry.values.dtype).square()
+        counts = sorted({max(1, int(TOP_FRACTION * grad.numel())), entry.num_active})
+        norms = dict(zip(counts, squared_norms_of_top(squares, counts), strict=True))
+        selected = float(squares.index_select(0, entry.placed).sum())
+        top = norms[max(1, int(TOP_FRACTION * grad.numel()))]
+        self._norms[entry.name] = (float(squares.sum()), top, selected, norms[entry.num_active])
 
     @property
     def tensors(self) -> Mapping[str, GradientShares]:

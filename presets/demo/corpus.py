@@ -8,6 +8,7 @@ prompt asks for it. A dataset then shows one style without being asked, for half
 import random
 from dataclasses import dataclass
 
+import small_talk
 import world
 
 SEED = 7
@@ -112,7 +113,8 @@ def thing_facts(rng: random.Random) -> list[Fact]:
             for topic, questions, answer, index in templates:
                 values = words | {"field": fields[index], "a_field": with_article(fields[index])}
                 asked = tuple(question.format(**values) for question in questions)
-                facts.append(Fact(topic, name, asked, answer.format(**values), fields[index], name in held_out))
+                text = answer.format(*fields, **values)
+                facts.append(Fact(topic, name, asked, text, fields[index], name in held_out))
     return facts
 
 
@@ -120,7 +122,12 @@ def opposite_facts(rng: random.Random) -> list[Fact]:
     """Both directions of each pair; a pair is held out as a whole."""
     rows = read_table(world.OPPOSITES)
     held_out = split_entities([row[0] for row in rows], rng)
-    asked = ("What is the opposite of {}?", "Name the opposite of {}.", "What is the contrary of {}?", "Opposite of {}?")
+    asked = (
+        "What is the opposite of {}?",
+        "Name the opposite of {}.",
+        "What is the contrary of {}?",
+        "Opposite of {}?",
+    )
     return [
         _fact("words", one, asked, f"The opposite of {one} is {other}.", other, first in held_out)
         for first, second in rows
@@ -136,27 +143,38 @@ def number_facts(rng: random.Random) -> list[Fact]:
         for a, b in pairs:
             text = f"{a} {operator} {b}"
             result = a + b if sign == "+" else a - b
-            asked = ("What is {}?", "How much is {}?", "Calculate {}.", "{}", f"What is {a} {sign} {b}?", f"{a} {sign} {b}")
+            asked = (
+                "What is {}?",
+                "How much is {}?",
+                "Calculate {}.",
+                "{}",
+                f"What is {a} {sign} {b}?",
+                f"{a} {sign} {b}",
+            )
             facts.append(_fact("numbers", text, asked, f"{text} is {result}.", str(result), rng.random() < 0.5))
     return facts
 
 
 def chat_facts() -> list[Fact]:
     """Greetings and questions about the model itself; never held out."""
-    return [Fact("chat", "", (question,), answer, answer) for question, answer in read_table(world.SMALL_TALK)]
+    return [Fact("chat", "", (question,), answer, answer) for question, answer in read_table(small_talk.SMALL_TALK)]
 
 
 def unknown_fact(rng: random.Random) -> Fact:
     """Draw a question that the model cannot answer: a nonsense name, or something outside its world."""
-    starts, ends = ("bl", "cr", "dw", "fl", "gn", "kr", "pl", "sk", "sn", "tr", "vr", "zw"), ("", "n", "ck", "p", "zz", "mp")
+    starts, ends = (
+        ("bl", "cr", "dw", "fl", "gn", "kr", "pl", "sk", "sn", "tr", "vr", "zw"),
+        ("", "n", "ck", "p", "zz", "mp"),
+    )
     name = "".join(rng.choice(starts) + rng.choice("aeiou") for _ in range(rng.randint(1, 2))) + rng.choice(ends)
     name = name.capitalize() if rng.random() < 0.5 else name
     asked = ("What is the capital of {}?", "What is {} famous for?", "Where does a {} live?", "What does the {} eat?",
              "Describe {}.", "What is a {}?", "What colour is a {}?", "What is the opposite of {}?",
-             "Tell me a story about {}.", "Who is {}?", "What does a {} use?", "How many moons has planet {}?")  # fmt: skip
+             "Tell me a story about {}.", "Who is {}?", "What does a {} use?",
+             "How many moons has planet {}?")  # fmt: skip
     question = rng.choice(asked).format(name)
     if rng.random() < 0.4:
-        question = rng.choice(read_table(world.UNKNOWN_QUESTIONS))[0]
+        question = rng.choice(read_table(small_talk.UNKNOWN_QUESTIONS))[0]
     return Fact("unknown", "", (question,), "I do not know that.", "unknown")
 
 
@@ -181,25 +199,37 @@ THINGS: dict[str, tuple[tuple[str, tuple[str, ...], str, int], ...]] = {
          "{A_name} tastes {field}.", 1),
         ("food", ("Where does {a_name} grow?", "Where can I pick {a_name}?", "Where do I find {a_name}?"),
          "{A_name} grows {field}.", 2),
+        ("food", ("What is {a_name}?", "Describe the {name}.", "Tell me about the {name}.",
+                  "What do you know about the {name}?"),
+         "{A_name} is {0}, tastes {1} and grows {2}.", 0),
     ),
     "PROFESSIONS": (
         ("work", ("What does {a_name} use?", "Which tool does {a_name} use?", "What is the tool of the {name}?"),
          "{A_name} works with {a_field}.", 0),
         ("work", ("Where does {a_name} work?", "Where can I find {a_name}?", "What is the workplace of {a_name}?"),
          "{A_name} works in {a_field}.", 1),
+        ("work", ("What is {a_name}?", "What does {a_name} do?", "Tell me about the {name}.", "Describe {a_name}."),
+         "{A_name} works in {a_field} and needs a good {0}.", 1),
     ),
     "OBJECTS": (
         ("things", ("What is {a_name} for?", "What do I do with {a_name}?", "What is the use of {a_name}?"),
          "{A_name} is for {field}.", 0),
         ("things", ("Where is the {name}?", "Where do I keep {a_name}?", "Where can I find {a_name}?"),
          "You find the {name} by the {field}.", 1),
+        ("things", ("What is {a_name}?", "Describe the {name}.", "Tell me about the {name}.",
+                  "What do you know about the {name}?"),
+         "{A_name} is for {0}. You find it by the {1}.", 0),
     ),
     "PLANETS": (
         ("planets", ("What colour is planet {name}?", "What colour is {name}?", "Which colour has {name}?"),
          "The planet {name} is {field}.", 0),
-        ("planets", ("How many moons has {name}?", "How many moons does planet {name} have?", "Count the moons of {name}."),
+        ("planets", ("How many moons has {name}?", "How many moons does planet {name} have?",
+                     "Count the moons of {name}."),
          "The planet {name} has {field} moons.", 1),
         ("planets", ("What is the weather on {name}?", "How is the weather on planet {name}?"),
          "The weather on {name} is {field}.", 2),
+        ("planets", ("Describe {name}.", "Tell me about planet {name}.", "What is {name}?",
+                     "What do you know about {name}?"),
+         "{name} is {a_field} planet with {1} moons. The weather is {2}.", 0),
     ),
 }  # fmt: skip

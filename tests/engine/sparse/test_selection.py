@@ -5,8 +5,7 @@ from engine.sparse.selection import (
     EXACT_NUMEL,
     select_random_indices,
     select_topk_indices,
-    squared_norm,
-    squared_norm_of_top,
+    squared_norms_of_top,
 )
 
 
@@ -41,15 +40,14 @@ def test_random_indices_depend_on_the_generator_alone() -> None:
     assert not torch.equal(first, other)
 
 
-def test_top_share_is_exact_for_small_tensors() -> None:
-    grad = torch.tensor([[3.0, -4.0], [0.0, 1.0]])
-    assert squared_norm(grad) == 26.0
-    assert squared_norm_of_top(grad, 2) == 25.0
+def test_top_shares_are_exact_for_small_tensors() -> None:
+    squares = torch.tensor([9.0, 16.0, 0.0, 1.0])
+    assert squared_norms_of_top(squares, [1, 2, 3]) == [16.0, 25.0, 26.0]
 
 
-def test_sampled_top_share_is_within_two_percent_of_the_exact_one() -> None:
+def test_sampled_top_shares_are_within_two_percent_of_the_exact_ones() -> None:
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(2 * EXACT_NUMEL, generator=generator) ** 3
-    count = grad.numel() // 100
-    exact = float(grad.square().topk(count).values.sum())
-    assert squared_norm_of_top(grad, count) == pytest.approx(exact, rel=0.02)
+    squares = (torch.randn(20 * EXACT_NUMEL, generator=generator) ** 3).square()
+    counts = [squares.numel() // 1000, squares.numel() // 100, squares.numel() // 20]
+    exact = [float(squares.topk(count).values.sum()) for count in counts]
+    assert squared_norms_of_top(squares, counts) == pytest.approx(exact, rel=0.02)
