@@ -82,7 +82,7 @@ def _train(options: argparse.Namespace) -> int:
         spec = _spec_of(options)
         plan = make_plan(spec)
         require_fit(plan)
-        require_weights(spec.model)
+        require_weights(spec.model, spec.model_revision)
         run = runs.create_run(spec, plan.to_dict())
     seen = run.events_path.stat().st_size if run.events_path.exists() else 0
     workers.start_worker(run)

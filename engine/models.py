@@ -30,7 +30,7 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         ModelError: it is not there, has no weights, or transformers cannot build it.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
-    require_weights(spec.model)
+    require_weights(spec.model, spec.model_revision)
     model = _load(
         AutoModelForCausalLM,
         spec,

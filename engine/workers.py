@@ -18,6 +18,7 @@ from typing import Any, Literal
 from engine.errors import EngineError, RunError, WorkerError
 from engine.hub import hub_online
 from engine.runs import Run, RunStatus, has_worker, log_tail, read_report, read_status, take_request, write_status
+from engine.units import MIB
 
 Side = Literal["base", "tuned"]
 PROJECT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,12 @@ def _environment() -> dict[str, str]:
     hub_online()  # asked once here; workers read the verdict from the environment
     path = os.pathsep.join(part for part in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if part)
     # Threads that wait do not spin: beside a busy browser a spinning step takes two to four times as long.
-    defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # Large blocks go back to the system when they are freed, so that resident memory is what the plan counts.
+    defaults = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(MIB),
+        "MALLOC_TRIM_THRESHOLD_": str(4 * MIB),
+    }
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

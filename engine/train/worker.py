@@ -29,7 +29,7 @@ from engine.events import (
 )
 from engine.hardware import resolve_device
 from engine.models import load_model, load_tokenizer, resolve_dtype
-from engine.planner.plan import make_plan, require_fit
+from engine.planner.plan import Plan, make_plan, require_fit
 from engine.runs import (
     Run,
     RunStatus,
@@ -182,7 +182,7 @@ def _work(run: Run, journal: Journal) -> None:
         trainer.save(trainer)
         trainer.tuning.delta().save(run.delta_path)
     tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if finished else None
-    _write_report(run, trainer, base, tuned, plan.peak_bytes, "finished" if finished else "stopped")
+    _write_report(run, trainer, base, tuned, _comparable_bytes(plan, device), "finished" if finished else "stopped")
     journal.state("finished" if finished else "stopped")
 
 
@@ -219,6 +219,11 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
         trainer.memory = MemoryMeter(device, progress.peak_bytes)
         journal.emit(Warned(f"Going on from the checkpoint of step {progress.step}."))
     return trainer
+
+
+def _comparable_bytes(plan: Plan, device: torch.device) -> int:
+    """Return the planned peak as the meter reads it: on a GPU it sees tensors, not the CUDA context."""
+    return plan.peak_bytes - (plan.parts["context"] if device.type == "cuda" else 0)
 
 
 def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated:

@@ -1,0 +1,174 @@
+"""From a config.json to the numbers and the tensors of a model, for the families whose layout is known.
+
+`EXACT_FAMILIES` were compared with a trace of the real model class; of the others the planner knows less and says so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Shape = tuple[int, ...]
+
+# Blocks of RMSNorm, attention and a gated MLP in the Llama layout; the closed forms were checked on these.
+EXACT_FAMILIES = frozenset(("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"))
+# Families whose parameters follow from the config alone.
+KNOWN_LAYOUTS = EXACT_FAMILIES | {"gemma", "gemma2", "gemma3_text", "phi3", "gpt2"}
+_BIASED_QKV = frozenset(("qwen2",))
+_NORMED_HEADS = frozenset(("qwen3", "gemma3_text"))
+_FOUR_NORMS = frozenset(("gemma2", "gemma3_text"))
+_FUSED = frozenset(("phi3",))
+# Where config.json does not say whether the output layer is the embedding.
+_TIED_BY_DEFAULT = frozenset(("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3"))
+
+
+class UnknownConfigError(ValueError):
+    """config.json lacks a number that the plan needs; the message is its name."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The sizes that decide memory. `experts_per_token` is 0 where the MLP is dense; `ffn` is that of one expert."""
+
+    family: str
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    tied: bool | None
+    sliding_window: int | None
+    experts_per_token: int
+
+
+def read_numbers(config: dict[str, Any]) -> Numbers:
+    """Return the numbers of a config.json; those of the language model where it nests them.
+
+    Raises:
+        UnknownConfigError: a number is missing or no whole number.
+    """
+    outer, config = config, config.get("text_config") or config
+    family = str(config.get("model_type") or outer.get("model_type") or "unknown")
+    hidden = _whole(config, "hidden_size", "n_embd", "d_model")
+    heads = _whole(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    architectures = config.get("architectures") or outer.get("architectures") or [family]
+    tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
+    return Numbers(
+        family=family,
+        architecture=str(architectures[0]),
+        hidden=hidden,
+        layers=_whole(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        heads=heads,
+        kv_heads=_whole(config, "num_key_value_heads", "num_kv_heads", default=heads),
+        head_dim=_whole(config, "head_dim", default=hidden // heads),
+        ffn=_whole(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        vocabulary=_whole(config, "vocab_size"),
+        tied=bool(tied) if tied is not None else None,
+        sliding_window=_window(config),
+        experts_per_token=_whole(config, "num_experts_per_tok", "num_experts_per_token", default=0),
+    )
+
+
+def _whole(config: dict[str, Any], *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise UnknownConfigError(names[0])
+            return value
+    if default is None:
+        raise UnknownConfigError(names[0])
+    return default
+
+
+def _window(config: dict[str, Any]) -> int | None:
+    if config.get("use_sliding_window") is False:
+        return None
+    window = config.get("sliding_window")
+    return window if isinstance(window, int) else None
+
+
+def is_tied(numbers: Numbers) -> bool:
+    """Return whether the output layer is the embedding, as the config or the family's default says."""
+    return numbers.tied if numbers.tied is not None else numbers.family in _TIED_BY_DEFAULT
+
+
+def tensors_of(numbers: Numbers, config: dict[str, Any]) -> dict[str, Shape]:
+    """Return the parameters, name to shape, that a model with this config has; tied weights once.
+
+    Families that are not known are taken for the Llama layout with as many experts as the config names.
+    """
+    config = config.get("text_config") or config
+    if numbers.family == "gpt2":
+        return dict(_gpt2(numbers, config))
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (numbers.vocabulary, numbers.hidden)}
+    for layer in range(numbers.layers):
+        for name, shape in _llama_block(numbers, config):
+            tensors[f"model.layers.{layer}.{name}"] = shape
+    tensors["model.norm.weight"] = (numbers.hidden,)
+    if not is_tied(numbers):
+        tensors["lm_head.weight"] = (numbers.vocabulary, numbers.hidden)
+    return tensors
+
+
+def _llama_block(numbers: Numbers, config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    hidden, family = numbers.hidden, numbers.family
+    q, kv = numbers.heads * numbers.head_dim, numbers.kv_heads * numbers.head_dim
+    bias = bool(config.get("attention_bias"))
+    linears = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    if family in _FUSED:
+        linears = {"qkv_proj": (q + 2 * kv, hidden), "o_proj": (hidden, q)}
+    for name, shape in linears.items():
+        yield f"self_attn.{name}.weight", shape
+        if bias or (family in _BIASED_QKV and name != "o_proj"):
+            yield f"self_attn.{name}.bias", shape[:1]
+    if family in _NORMED_HEADS:
+        yield "self_attn.q_norm.weight", (numbers.head_dim,)
+        yield "self_attn.k_norm.weight", (numbers.head_dim,)
+    yield from _mlp(numbers, config)
+    yield "input_layernorm.weight", (hidden,)
+    yield "post_attention_layernorm.weight", (hidden,)
+    if family in _FOUR_NORMS:
+        yield "pre_feedforward_layernorm.weight", (hidden,)
+        yield "post_feedforward_layernorm.weight", (hidden,)
+
+
+def _mlp(numbers: Numbers, config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    hidden, ffn = numbers.hidden, numbers.ffn
+    experts = _whole(config, "num_local_experts", "num_experts", "n_routed_experts", default=0)
+    if experts:
+        yield "mlp.gate.weight", (experts, hidden)
+        yield "mlp.experts.gate_up_proj", (experts, 2 * ffn, hidden)
+        yield "mlp.experts.down_proj", (experts, hidden, ffn)
+        return
+    linears = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+    if numbers.family in _FUSED:
+        linears = {"gate_up_proj": (2 * ffn, hidden), "down_proj": (hidden, ffn)}
+    for name, shape in linears.items():
+        yield f"mlp.{name}.weight", shape
+        if config.get("mlp_bias"):
+            yield f"mlp.{name}.bias", shape[:1]
+
+
+def _gpt2(numbers: Numbers, config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    hidden, ffn = numbers.hidden, numbers.ffn
+    yield "transformer.wte.weight", (numbers.vocabulary, hidden)
+    yield "transformer.wpe.weight", (_whole(config, "n_positions", "max_position_embeddings", default=1024), hidden)
+    parts: dict[str, Shape] = {
+        "ln_1": (hidden,),
+        "attn.c_attn": (hidden, 3 * hidden),
+        "attn.c_proj": (hidden, hidden),
+        "ln_2": (hidden,),
+        "mlp.c_fc": (hidden, ffn),
+        "mlp.c_proj": (ffn, hidden),
+    }
+    for layer in range(numbers.layers):
+        for name, shape in parts.items():
+            yield f"transformer.h.{layer}.{name}.weight", shape
+            yield f"transformer.h.{layer}.{name}.bias", shape[-1:]
+    yield "transformer.ln_f.weight", (hidden,)
+    yield "transformer.ln_f.bias", (hidden,)
+    if not is_tied(numbers):
+        yield "lm_head.weight", (numbers.vocabulary, hidden)

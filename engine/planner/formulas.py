@@ -1,0 +1,117 @@
+"""A closed form for each memory term of a sparse fine-tuning run outside the activations. Bytes.
+
+What lies in memory all the time: the frozen base; for each trained entry a value, an index, the base entry it
+replaced, a gradient, the optimizer's states. What comes and goes: activations (`activations.py`), dense gradients one
+at a time, the write-back's temporaries, and what the selection reads.
+"""
+
+from collections.abc import Mapping
+
+from engine.units import MIB
+
+FP32_BYTES = 4
+INT64_BYTES = 8
+INT32_LIMIT = 2**31  # positions from here on need 8 bytes
+
+# Measured on the CPU build of torch 2.13 with transformers 5.23 and datasets 5.2 on Linux x86-64: resident memory of a
+# process that imported the three, built a model of 1 MB and took three AdamW steps, less that model.
+HOST_PROCESS_BYTES = 440 * MIB
+# A CUDA context with its kernels takes 450 +- 150 MiB, by driver and card; measured only by starting one.
+CUDA_CONTEXT_BYTES = 450 * MIB
+# cuBLAS keeps one workspace a stream and a thread that calls it: the forward's and the backward's. 8.125 MiB each up to
+# sm_89, 32 MiB on sm_90 (PyTorch, CUDABlas.cpp); the larger is planned.
+CUDA_WORKSPACE_BYTES = 2 * 32 * MIB
+# Buffers of oneDNN and OpenMP, small tensors, stacks of threads: 35 to 50 MiB beyond the closed forms in two steps of a
+# model of 63 M parameters, with glibc's mmap threshold at 1 MiB (left alone it keeps freed blocks, 13 to 30 percent).
+CPU_WORKSPACE_BYTES = 40 * MIB
+ADAMW_STATES = 2  # first and second moment, fp32
+
+
+def parameters_bytes(num_parameters: int, element_bytes: int) -> int:
+    """Return the size of the frozen base: every parameter once, in the dtype of the run."""
+    return num_parameters * element_bytes
+
+
+def values_bytes(num_active: int) -> int:
+    """Return the size of the trained values: fp32 whatever the base is."""
+    return FP32_BYTES * num_active
+
+
+def replaced_bytes(num_active: int, element_bytes: int) -> int:
+    """Return the size of the base entries kept so that a delta is removed bit for bit: dtype of the base."""
+    return element_bytes * num_active
+
+
+def indices_bytes(numels: Mapping[str, int], num_active: Mapping[str, int]) -> int:
+    """Return the size of the flat positions: 4 bytes each, 8 in a tensor of 2**31 entries or more.
+
+    Args:
+        numels: entries of each target.
+        num_active: trained entries of each target.
+    """
+    return sum((4 if numels[name] < INT32_LIMIT else INT64_BYTES) * count for name, count in num_active.items())
+
+
+def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
+    """Return the size of the values' gradient; fp32, so that micro-batches sum without rounding."""
+    return element_bytes * num_active
+
+
+def optimizer_states_bytes(num_active: int, optimizer: str) -> int:
+    """Return the size of the optimizer's states over the values: AdamW two moments in fp32, SGD none."""
+    return ADAMW_STATES * FP32_BYTES * num_active if optimizer == "adamw" else 0
+
+
+def dense_gradient_bytes(numel: int, element_bytes: int) -> int:
+    """Return the one dense gradient that a backward holds: of one target, in the dtype of the base."""
+    return element_bytes * numel
+
+
+def gather_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
+    """Return what reading the trained entries out of a dense gradient takes: an entry and its fp32 copy each."""
+    return (element_bytes + FP32_BYTES) * max(num_active.values())
+
+
+def probe_bytes(numel: int, element_bytes: int) -> int:
+    """Return what measuring the gradient's sparsity takes beside a dense gradient of `numel` entries.
+
+    An fp32 copy where it is in 16 bit, its squares in fp32, and one comparison byte an entry.
+    """
+    copy = FP32_BYTES if element_bytes != FP32_BYTES else 0
+    return (max(copy, 1) + FP32_BYTES) * numel
+
+
+def topk_bytes(numel: int, num_active: int, element_bytes: int) -> int:
+    """Return what choosing the `num_active` largest of `numel` scores takes beside the scores.
+
+    A copy of their magnitudes; of each chosen entry its score, its int64 position, and the same sorted.
+    """
+    return element_bytes * numel + (element_bytes + 2 * INT64_BYTES) * num_active
+
+
+def draw_bytes(numel: int, num_active: int) -> int:
+    """Return what drawing positions at random takes, in main memory: a permutation in int64 and its sorted part."""
+    return INT64_BYTES * (numel + 2 * num_active)
+
+
+def accumulated_gradient_bytes(numels: Mapping[str, int]) -> int:
+    """Return the dense gradient of all targets, fp32 in main memory, that a selection over micro-batches sums up."""
+    return FP32_BYTES * sum(numels.values())
+
+
+def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
+    """Return what an optimizer step takes beside what stays: the fused update nothing, the write-back one tensor's.
+
+    Of each trained entry its int64 position, base and sum in fp32, and the rounded sum.
+    """
+    return (INT64_BYTES + 2 * FP32_BYTES + element_bytes) * max(num_active.values())
+
+
+def context_bytes(on_cpu: bool) -> int:
+    """Return what is taken before the first tensor: the process itself on the CPU, the CUDA context on a GPU."""
+    return HOST_PROCESS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
+
+
+def workspace_bytes(on_cpu: bool) -> int:
+    """Return what the matrix libraries keep for themselves."""
+    return CPU_WORKSPACE_BYTES if on_cpu else CUDA_WORKSPACE_BYTES

@@ -1,0 +1,72 @@
+"""The plan of a run on this computer: peak memory by part, whether it fits the budget, what would make it fit."""
+
+from dataclasses import replace
+
+from engine.errors import BudgetError
+from engine.hardware import resolve_device
+from engine.planner.estimate import Plan, Remedy, estimate
+from engine.planner.remedies import find_remedies
+from engine.planner.shape import read_shape
+from engine.spec import RunSpec
+from engine.units import format_bytes
+
+__all__ = ["LABELS", "Plan", "Remedy", "make_plan", "plan_table", "require_fit"]
+
+LABELS = {
+    "parameters": "Base weights",
+    "values": "Values, replaced entries",
+    "indices": "Positions of the values",
+    "gradients": "Gradient of the values",
+    "optimizer_states": "Optimizer states",
+    "saved_activations": "Saved activations",
+    "transients": "Comes and goes at the peak",
+    "workspace": "Library workspaces",
+    "context": "Process or CUDA context",
+}
+_REMEDIES_IN_SENTENCE = 2
+
+
+def make_plan(spec: RunSpec, *, with_remedies: bool = True) -> Plan:
+    """Return the plan of `spec` on this computer, in milliseconds once the model's shape was read.
+
+    Args:
+        spec: what is asked.
+        with_remedies: whether to look for what would make it fit; some twenty plans more.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        HubUnreachableError: it is on the Hub, which does not answer.
+        TargetsError: `targets` match no weight.
+        DeviceError: the device is not here.
+    """
+    device = resolve_device(spec.device)
+    shape = read_shape(spec.model, spec.model_revision)
+    plan = estimate(spec, shape, device)
+    return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
+
+
+def require_fit(plan: Plan) -> None:
+    """Do nothing where the peak is within the budget, be it tight.
+
+    Raises:
+        BudgetError: it is not; the sentence names the remedies.
+    """
+    if plan.verdict == "does not fit":
+        raise BudgetError(fit_sentence(plan))
+
+
+def fit_sentence(plan: Plan) -> str:
+    """Return need, budget and the best remedies in words."""
+    need = f"This run needs about {format_bytes(plan.peak_bytes)} and the budget is {format_bytes(plan.budget_bytes)}"
+    enough = [remedy for remedy in plan.remedies if plan.peak_bytes - remedy.saved_bytes <= plan.budget_bytes]
+    if not enough:
+        return f"{need}; no change of its settings makes it fit. Choose a smaller model, or raise budget_gib."
+    words = " or ".join(
+        f"{remedy.title} (saves {format_bytes(remedy.saved_bytes)})" for remedy in enough[:_REMEDIES_IN_SENTENCE]
+    )
+    return f"{need}: {words}, or raise budget_gib."
+
+
+def plan_table(plan: Plan) -> list[tuple[str, int]]:
+    """Return the parts of the peak with their labels, in reading order, bytes; parts of nothing are left out."""
+    return [(label, plan.parts[name]) for name, label in LABELS.items() if plan.parts[name]]

@@ -1,0 +1,143 @@
+"""What would make a run smaller: each remedy is found by planning the spec again with the change, cheapest first."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from engine.hardware import Device
+from engine.planner.estimate import Plan, Remedy, estimate
+from engine.planner.shape import ModelShape
+from engine.spec import RunSpec
+
+Changes = dict[str, Any]
+MOST_HALVINGS = 3  # of length or density: less is another run
+LOWEST_LENGTH = 64  # tokens; shorter rows teach little
+_SAVES_AT_LEAST = 0.01  # of the peak; less is no remedy
+
+
+def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> tuple[Remedy, ...]:
+    """Return the changes that lower the peak of a plan that does not fit for certain, in the order of their cost.
+
+    Each goes as far as the budget asks, or as far as it can. Where no single one is enough and several together are,
+    those together come last. A plan that fits has none.
+    """
+    if plan.verdict == "fits":
+        return ()
+
+    def replan(changes: Changes) -> Plan:
+        return estimate(spec.model_copy(update=changes), shape, device)
+
+    singles = []
+    for kind in _KINDS:
+        found = _first_enough(kind(spec, device), replan)
+        if found and _saves(plan, found[3]):
+            title, changes, cost, changed = found
+            singles.append((Remedy(title, plan.peak_bytes - changed.peak_bytes, changes, cost), changed))
+    remedies = tuple(remedy for remedy, _ in singles)
+    if any(changed.verdict == "fits" for _, changed in singles):
+        return remedies
+    together = _together(spec, shape, device, plan)
+    return remedies if together is None else (*remedies, together)
+
+
+Option = tuple[str, Changes, str]
+
+
+def _first_enough(
+    options: Iterator[Option], replan: Callable[[Changes], Plan]
+) -> tuple[str, Changes, str, Plan] | None:
+    """Return the first option whose plan fits, else the one with the lowest peak; None where there is none."""
+    best: tuple[str, Changes, str, Plan] | None = None
+    for title, changes, cost in options:
+        plan = replan(changes)
+        if best is None or plan.peak_bytes < best[3].peak_bytes:
+            best = (title, changes, cost, plan)
+        if plan.verdict == "fits":
+            return best
+    return best
+
+
+def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> Remedy | None:
+    """Return the fewest kinds of changes, in order of cost, that fit together; None where all are not enough."""
+    titles: list[str] = []
+    costs: list[str] = []
+    merged: Changes = {}
+    latest = plan
+    for kind in _KINDS:
+        current = spec.model_copy(update=merged)
+
+        def replan(changes: Changes, current: RunSpec = current) -> Plan:
+            return estimate(current.model_copy(update=changes), shape, device)
+
+        found = _first_enough(kind(current, device), replan)
+        if found is None or not _saves(latest, found[3]):
+            continue
+        titles, merged, costs, latest = [*titles, found[0]], merged | found[1], [*costs, found[2]], found[3]
+        if latest.verdict == "fits":
+            break
+    if latest.verdict == "does not fit" or len(titles) < 2:
+        return None
+    return Remedy("; ".join(titles), plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs))
+
+
+def _saves(before: Plan, after: Plan) -> bool:
+    return before.peak_bytes - after.peak_bytes >= _SAVES_AT_LEAST * before.peak_bytes
+
+
+def _checkpointing(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if not spec.gradient_checkpointing:
+        yield "turn on gradient checkpointing", {"gradient_checkpointing": True}, "each step takes about a third longer"
+
+
+def _micro_batch(spec: RunSpec, device: Device) -> Iterator[Option]:
+    effective = spec.micro_batch_size * spec.gradient_accumulation
+    for rows in range(spec.micro_batch_size - 1, 0, -1):
+        if effective % rows == 0:
+            changes = {"micro_batch_size": rows, "gradient_accumulation": effective // rows}
+            yield f"micro-batch {rows} with accumulation {effective // rows}", changes, "steps take a little longer"
+
+
+def _selection(spec: RunSpec, device: Device) -> Iterator[Option]:
+    steps = spec.selection_micro_steps or spec.gradient_accumulation
+    if spec.method == "sift" and steps > 1:
+        cost = "the trained entries are chosen from fewer rows"
+        yield "choose the entries from 1 micro-batch", {"selection_micro_steps": 1}, cost
+
+
+def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if spec.dtype == "float32" and not device.is_cpu:
+        yield "base weights in bfloat16", {"dtype": "bfloat16"}, "the base weights are rounded to 3 digits"
+
+
+def _length(spec: RunSpec, device: Device) -> Iterator[Option]:
+    for halvings in range(1, MOST_HALVINGS + 1):
+        length = spec.sequence_length >> halvings
+        if length < LOWEST_LENGTH:
+            return
+        yield f"sequence length {length:,}", {"sequence_length": length}, f"rows are cut after {length:,} tokens"
+
+
+def _density(spec: RunSpec, device: Device) -> Iterator[Option]:
+    cost = "fewer entries are trained"
+    for halvings in range(1, MOST_HALVINGS + 1):
+        if spec.num_trainable is None:
+            density = float(f"{spec.density / 2**halvings:.3g}")
+            yield f"density {density:g}", {"density": density}, cost
+        elif count := spec.num_trainable >> halvings:
+            yield f"{count:,} trained entries", {"num_trainable": count}, cost
+
+
+def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if spec.targets in ("linear", "all"):
+        yield "train the attention weights only", {"targets": "attention"}, "the MLP weights stay as they are"
+
+
+# In the order of what they cost: first time, then the result.
+_KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
+    _checkpointing,
+    _micro_batch,
+    _selection,
+    _dtype,
+    _length,
+    _density,
+    _attention,
+)

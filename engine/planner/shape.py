@@ -1,0 +1,246 @@
+"""The shape of a model: every parameter's name and size, without loading one. Torch-free.
+
+From config.json and the headers of the safetensors files; from the family's rules where a folder has no weights; from
+the Hub's range requests where nothing is on this computer.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.planner import hub_files
+from engine.planner.families import (
+    EXACT_FAMILIES,
+    KNOWN_LAYOUTS,
+    Numbers,
+    UnknownConfigError,
+    is_tied,
+    read_numbers,
+    tensors_of,
+)
+from engine.planner.headers import Shape, read_headers, weight_files
+from engine.presets import bundled_models
+from engine.targets import match_targets
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
+_BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """What the plan needs of a model. `tensors`: parameter name to shape, tied weights once."""
+
+    source: str
+    family: str
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    tied: bool
+    sliding_window: int | None
+    experts_per_token: int
+    tensors: Mapping[str, Shape]
+    dtype: str  # as stored: BF16, F16, F32; empty where there are no weights
+    exact: bool  # whether the closed forms were checked on this family
+    counted: bool  # whether the tensors are the model's own, or a guess at a family that is not known
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Entries of all parameters."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The name of the token embedding."""
+        return next((name for name in self.tensors if name.endswith(_EMBEDDINGS)), None)
+
+    @cached_property
+    def head(self) -> str | None:
+        """The name of the output layer's weight; the embedding's where they are tied."""
+        return next((name for name in self.tensors if name.endswith(_HEADS)), self.embedding if self.tied else None)
+
+    @cached_property
+    def norms_heads(self) -> bool:
+        """Whether each head's queries and keys have a norm."""
+        return any("q_norm" in name.split(".") for name in self.tensors)
+
+
+def resolve_model(model: str, revision: str | None = None) -> str | Path:
+    """Return what `model` means: the folder of a bundled name or a local folder, else a Hub id.
+
+    Args:
+        model: bundled name, local folder or Hub id.
+        revision: on the Hub; a folder has none.
+
+    Raises:
+        ModelError: it is none of the three, or a revision is given for a folder.
+    """
+    bundled = bundled_models().get(model)
+    local = Path(model).expanduser()
+    folder = bundled if bundled is not None else local if local.is_dir() else None
+    if folder is not None:
+        if revision is not None:
+            raise ModelError(
+                f"model_revision {revision!r} is for models on the Hub, and {model!r} is a folder. Clear it."
+            )
+        return _require_config(folder)
+    if local.exists() or not _HUB_ID.fullmatch(model) or ".." in model:
+        names = ", ".join(bundled_models())
+        raise ModelError(
+            f"model {model!r} is no folder on this computer, no bundled model ({names}) and no Hub id (owner/name). "
+            "Check the spelling, or give the folder that holds config.json."
+        )
+    return model
+
+
+def _require_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"Model folder {str(folder)!r} has no config.json. "
+            "Give the folder that holds config.json, *.safetensors and the tokenizer's files."
+        )
+    return folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a model folder holds the safetensors files that it should."""
+    return bool(weight_files(folder))
+
+
+def require_weights(model: str, revision: str | None = None) -> str | Path:
+    """Return what `model` means, as `resolve_model` does.
+
+    Raises:
+        ModelError: it is a folder without weights, or none of the things that a model can be.
+    """
+    found = resolve_model(model, revision)
+    if isinstance(found, Path) and not has_weights(found):
+        raise ModelError(
+            f"Model folder {str(found)!r} has a config.json but no weights (*.safetensors); "
+            "it can be planned, but not run. "
+            "Put the weights into the folder, or give another model."
+        )
+    return found
+
+
+def read_shape(model: str, revision: str | None = None) -> ModelShape:
+    """Return the shape of a bundled, local or Hub model; read once per state of its files.
+
+    Raises:
+        ModelError: the model cannot be found or its files cannot be read.
+        HubUnreachableError: it is on the Hub, which does not answer.
+    """
+    found = resolve_model(model, revision)
+    if isinstance(found, Path):
+        return _read_folder(found.absolute(), _stamp(found))
+    return _read_hub(found, revision)
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    with os.scandir(folder) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith((".json", ".safetensors"))]
+    return tuple(sorted((name, status.st_mtime_ns, status.st_size) for name, status in files))
+
+
+@lru_cache(maxsize=32)
+def _read_folder(folder: Path, _stamp: tuple[tuple[str, int, int], ...]) -> ModelShape:
+    config = _load_config(folder / "config.json")
+    files = weight_files(folder)
+    return build_shape(str(folder), config, *(read_headers(files) if files else (None, "")))
+
+
+@lru_cache(maxsize=32)
+def _read_hub(model: str, revision: str | None) -> ModelShape:
+    config = _load_config(hub_files.config_path(model, revision))
+    tensors, dtype = hub_files.read_tensors(model, revision)
+    return build_shape(model, config, tensors, dtype)
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{str(path)!r} is not a readable config.json. Download the model again.")
+    return config
+
+
+def build_shape(source: str, config: dict[str, Any], tensors: Mapping[str, Shape] | None, dtype: str) -> ModelShape:
+    """Return the shape that a config and, where there are weights, their tensors describe.
+
+    Args:
+        source: the folder or Hub id, for error messages.
+        config: the content of config.json.
+        tensors: as stored, name to shape; None where there are no weights: the family's rules then say.
+        dtype: as stored; empty where there are no weights.
+
+    Raises:
+        ModelError: the config lacks a number that the plan needs.
+    """
+    try:
+        numbers = read_numbers(config)
+    except UnknownConfigError as missing:
+        raise ModelError(
+            f"config.json of {source!r} has no usable {missing}, so it is no language model that can be planned. "
+            "Give a causal language model in the Hugging Face layout."
+        ) from None
+    tied = is_tied(numbers)
+    if tensors is not None:
+        tensors = _parameters(tensors)
+        if numbers.tied is None:
+            tied = not any(name.endswith(_HEADS) for name in tensors)
+        if tied:
+            tensors = {name: shape for name, shape in tensors.items() if not name.endswith(_HEADS)}
+    return _shape_of(source, numbers, tied, tensors or tensors_of(numbers, config), dtype)
+
+
+def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
+    def is_buffer(name: str, shape: Shape) -> bool:  # old GPT-2 files hold the causal mask as attn.bias
+        return name.endswith(_BUFFERS) or (name.endswith("attn.bias") and len(shape) == 4)
+
+    return {name: shape for name, shape in tensors.items() if not is_buffer(name, shape)}
+
+
+def _shape_of(source: str, numbers: Numbers, tied: bool, tensors: Mapping[str, Shape], dtype: str) -> ModelShape:
+    return ModelShape(
+        source=source,
+        family=numbers.family,
+        architecture=numbers.architecture,
+        hidden=numbers.hidden,
+        layers=numbers.layers,
+        heads=numbers.heads,
+        kv_heads=numbers.kv_heads,
+        head_dim=numbers.head_dim,
+        ffn=numbers.ffn,
+        vocabulary=numbers.vocabulary,
+        tied=tied,
+        sliding_window=numbers.sliding_window,
+        experts_per_token=numbers.experts_per_token,
+        tensors=tensors,
+        dtype=dtype,
+        exact=numbers.family in EXACT_FAMILIES and not numbers.experts_per_token,
+        counted=bool(dtype) or numbers.family in KNOWN_LAYOUTS,
+    )
+
+
+def target_tensors(shape: ModelShape, targets: str | tuple[str, ...]) -> dict[str, Shape]:
+    """Return the parameters that `targets` mean, name to shape.
+
+    Raises:
+        TargetsError: nothing matches.
+    """
+    return {name: shape.tensors[name] for name in match_targets(shape.tensors, targets)}

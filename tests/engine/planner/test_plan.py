@@ -1,0 +1,129 @@
+"""Plans: parts that add up, verdicts that follow the budget, remedies that save what they say."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.errors import BudgetError
+from engine.hardware import Device
+from engine.planner.estimate import estimate
+from engine.planner.plan import LABELS, make_plan, plan_table, require_fit
+from engine.planner.remedies import find_remedies
+from engine.planner.shape import read_shape
+from engine.spec import RunSpec
+from engine.units import GIB
+
+CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
+
+
+def _spec(model: str, **fields: Any) -> RunSpec:
+    return RunSpec(model=model, **{"sequence_length": 2048, **fields})
+
+
+def test_the_parts_add_up_to_the_peak(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder(), device="cpu"))
+    assert tuple(plan.parts) == tuple(LABELS)
+    assert sum(plan.parts.values()) == plan.peak_bytes
+    assert plan.lower_bytes < plan.peak_bytes < plan.upper_bytes
+    assert sum(size for _, size in plan_table(plan)) == plan.peak_bytes
+
+
+def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:
+    body = make_plan(_spec(config_folder(), device="cpu", budget_gib=8)).to_dict()
+    assert json.loads(json.dumps(body)) == json.loads(json.dumps(body)) != {}
+    assert body["remedies"][0]["changes"] == {"gradient_checkpointing": True}
+
+
+def test_seven_billion_parameters_train_on_24_gib_with_checkpointing(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), density=0.05, gradient_checkpointing=True)
+    plan = estimate(spec, read_shape(spec.model), CARD)
+    assert (plan.verdict, plan.parts["parameters"]) == ("fits", 2 * 6_738_415_616)
+    assert plan.num_active == pytest.approx(0.05 * plan.target_numel, rel=1e-4)
+    assert plan.host_bytes > 4 * plan.target_numel
+
+
+def test_the_verdict_follows_the_budget(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), gradient_checkpointing=True)
+    shape = read_shape(spec.model)
+    plan = estimate(spec, shape, CARD)
+    budgets = {"fits": plan.upper_bytes, "tight": plan.peak_bytes, "does not fit": plan.peak_bytes - 1}
+    for verdict, budget in budgets.items():
+        assert estimate(spec, shape, replace(CARD, total_bytes=budget)).verdict == verdict
+
+
+def test_each_remedy_saves_what_it_says(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), micro_batch_size=4, budget_gib=20)
+    shape = read_shape(spec.model)
+    plan = estimate(spec, shape, CARD)
+    remedies = find_remedies(spec, shape, CARD, plan)
+    assert remedies
+    for remedy in remedies:
+        changed = estimate(spec.model_copy(update=remedy.changes), shape, CARD)
+        assert remedy.saved_bytes == plan.peak_bytes - changed.peak_bytes > 0
+
+
+def test_remedies_come_in_the_order_of_their_cost(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), micro_batch_size=4, density=0.1)
+    shape = read_shape(spec.model)
+    plan = estimate(spec, shape, replace(CARD, total_bytes=20 * GIB))
+    fields = [next(iter(remedy.changes)) for remedy in find_remedies(spec, shape, CARD, plan)]
+    order = ["gradient_checkpointing", "micro_batch_size", "sequence_length", "density", "targets"]
+    assert [field for field in fields if field in order][: len(order)] == [field for field in order if field in fields]
+
+
+def test_a_smaller_micro_batch_keeps_the_effective_batch(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), micro_batch_size=6, gradient_accumulation=2, gradient_checkpointing=True)
+    shape = read_shape(spec.model)
+    plan = estimate(spec, shape, replace(CARD, total_bytes=17 * GIB))
+    changes = next(r.changes for r in find_remedies(spec, shape, CARD, plan) if "micro_batch_size" in r.changes)
+    assert changes["micro_batch_size"] * changes["gradient_accumulation"] == 12
+
+
+def test_a_plan_that_fits_has_no_remedies(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder(), device="cpu", budget_gib=500))
+    assert (plan.verdict, plan.remedies) == ("fits", ())
+    require_fit(plan)
+
+
+def test_what_does_not_fit_is_refused_with_remedies(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder(), device="cpu", dtype="bfloat16", budget_gib=24))
+    with pytest.raises(
+        BudgetError, match=r"about \d+\.\d GiB and the budget is 24\.0 GiB: turn on .* raise budget_gib"
+    ):
+        require_fit(plan)
+
+
+def test_what_cannot_be_made_to_fit_is_said(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder(), device="cpu", budget_gib=4))
+    with pytest.raises(BudgetError, match="no change of its settings makes it fit"):
+        require_fit(plan)
+
+
+def test_summing_the_selection_over_micro_batches_takes_main_memory(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), device="cpu", sequence_length=128, gradient_accumulation=1)
+    one = make_plan(spec, with_remedies=False)
+    many = make_plan(spec.model_copy(update={"gradient_accumulation": 4}), with_remedies=False)
+    assert many.phase == "selection"
+    assert many.peak_bytes - one.peak_bytes > 3 * one.target_numel
+
+
+def test_other_families_have_a_wide_range_and_say_so(config_folder: Callable[..., str]) -> None:
+    known = make_plan(_spec(config_folder(), device="cpu"))
+    for family, word in (("phi3", "not checked"), ("novel", "guessed")):
+        plan = make_plan(_spec(config_folder(model_type=family), device="cpu"))
+        assert not plan.exact
+        assert word in plan.note
+        assert plan.upper_bytes - plan.lower_bytes > known.upper_bytes - known.lower_bytes
+
+
+def test_a_plan_takes_milliseconds(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), device="cpu", budget_gib=500)
+    make_plan(spec)
+    started = time.process_time()
+    for _ in range(5):
+        make_plan(spec)
+    assert (time.process_time() - started) / 5 < 0.02

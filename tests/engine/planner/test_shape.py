@@ -1,0 +1,151 @@
+"""Shapes: exact counts from headers and configs, and a sentence for what cannot be read."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.errors import HubUnreachableError, ModelError
+from engine.planner.shape import has_weights, read_shape, require_weights, resolve_model
+
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "smollm3",
+    "granite",
+)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 80,
+    "pad_token_id": None,
+}
+
+
+def test_llama_7b_has_6738415616_parameters(config_folder: Callable[..., str]) -> None:
+    assert read_shape(config_folder()).num_parameters == 6_738_415_616
+
+
+def test_real_headers_give_the_hand_counted_parameters(shared: Path) -> None:
+    shape = read_shape(str(shared / "models" / "stories260k"))
+    block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 172 + 2 * 64  # q, o; k, v; gate, up, down; two norms
+    assert shape.num_parameters == 512 * 64 + 5 * block + 64 == 260_032
+    assert shape.head == shape.embedding == "model.embed_tokens.weight"
+
+
+def test_a_config_gives_the_same_tensors_as_the_weights(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    bare, whole = read_shape(str(tmp_path)), read_shape(str(model_folder))
+    assert dict(bare.tensors) == dict(whole.tensors)
+    assert (bare.dtype, whole.dtype) == ("", "F32")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_gives_the_parameters_of_the_model_class(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(family, **SMALL)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert dict(read_shape(str(tmp_path)).tensors) == expected
+
+
+def test_an_index_of_shards_is_read_whole(config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder(num_hidden_layers=1))
+    parts = {"a.safetensors": {"x.0.weight": torch.zeros(2, 3)}, "b.safetensors": {"x.10.weight": torch.zeros(4)}}
+    for name, tensors in parts.items():
+        save_file(tensors, folder / name)
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert read_shape(str(folder)).num_parameters == 10
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks 'b\.safetensors', one of the 2 weight files"):
+        read_shape(str(folder))
+
+
+def test_a_stored_copy_of_a_tied_head_counts_once(config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder(tie_word_embeddings=True))
+    embedding = torch.zeros(8, 4)
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    save_file(tensors, folder / "model.safetensors")
+    shape = read_shape(str(folder))
+    assert (shape.num_parameters, shape.tied) == (32, True)
+
+
+def test_a_changed_file_is_read_again(config_folder: Callable[..., str]) -> None:
+    folder = config_folder()
+    before = read_shape(folder)
+    assert read_shape(folder) is before
+    os.utime(Path(config_folder(num_hidden_layers=16)) / "config.json", ns=(1, 1))
+    assert read_shape(folder).layers == 16
+
+
+def test_a_folder_without_weights_plans_but_does_not_run(config_folder: Callable[..., str], model_folder: Path) -> None:
+    folder = config_folder()
+    assert not has_weights(Path(folder))
+    assert require_weights(str(model_folder)) == model_folder
+    with pytest.raises(ModelError, match=r"has a config\.json but no weights \(\*\.safetensors\)"):
+        require_weights(folder)
+
+
+def test_what_is_no_model_says_why(tmp_path: Path, config_folder: Callable[..., str]) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(ModelError, match="'no such/model/here' is no folder on this computer, no bundled model"):
+        resolve_model("no such/model/here")
+    with pytest.raises(ModelError, match="model_revision 'main' is for models on the Hub"):
+        resolve_model(config_folder(), "main")
+    with pytest.raises(ModelError, match="no usable num_hidden_layers"):
+        read_shape(config_folder(num_hidden_layers=None))
+    assert resolve_model("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]"])
+def test_a_torn_weight_file_is_an_error(content: bytes, config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder())
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="is not a whole safetensors file"):
+        read_shape(str(folder))
+
+
+def test_an_unreadable_config_is_an_error(config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder())
+    (folder / "config.json").write_text("[1")
+    with pytest.raises(ModelError, match="is not a readable"):
+        read_shape(str(folder))
+
+
+def test_a_hub_model_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_TUNING_HUB", "offline")
+    with pytest.raises(HubUnreachableError, match="'owner/not-in-any-cache' is not on this computer"):
+        read_shape("owner/not-in-any-cache")
+
+
+def test_a_hub_model_in_the_cache_is_read_offline(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSE_TUNING_HUB", "offline")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--cached"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc").symlink_to(model_folder)
+    assert dict(read_shape("owner/cached").tensors) == dict(read_shape(str(model_folder)).tensors)
