@@ -74,13 +74,14 @@ class ModelLoaded(Event):
 
 @dataclass(frozen=True)
 class Selected(Event):
-    """The trained entries were chosen at `step`."""
+    """Trained entries were chosen in `step`, all of them or, where SpIEL drops and grows, `replaced` of them."""
 
     kind: ClassVar[str] = "selection"
     step: int
     method: str
     num_active: int
     density: float
+    replaced: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def from_line(line: str) -> Record:
     """Return the record of one JSON line.
 
     Raises:
-        ValueError: the line is not JSON, or its kind is unknown.
+        ValueError: the line is not JSON, or no event of this version.
     """
     body: dict[str, Any] = json.loads(line)
     seq, time_s, kind = body.pop("seq"), body.pop("time_s"), body.pop("kind")
@@ -184,7 +185,10 @@ def from_line(line: str) -> Record:
     for name in ("loss", "gradient_norm"):
         if name in body and body[name] is None:
             body[name] = math.nan
-    return Record(seq, time_s, cls(**body))
+    try:
+        return Record(seq, time_s, cls(**body))
+    except TypeError as error:
+        raise ValueError(f"another version wrote this {kind} event: {error}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -216,7 +220,7 @@ class EventWriter:
         if len(whole) < len(content):
             os.truncate(path, len(whole))
         lines = whole.splitlines()
-        return from_line(lines[-1].decode()).seq if lines else 0
+        return int(json.loads(lines[-1])["seq"]) if lines else 0
 
     def write(self, event: Event) -> None:
         """Append one event."""

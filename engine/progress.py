@@ -77,7 +77,9 @@ def _line(event: Event) -> str:
                 f"{format_count(event.num_active)} entries of {event.tensors} weights"
             )
         case Selected():
-            return f"Chosen by {event.method} in step {event.step}: {format_percent(event.density)} of the targets"
+            share = f"{format_percent(event.density)} of the targets"
+            replaced = f", {format_percent(event.replaced / event.num_active)} of them new" if event.step > 1 else ""
+            return f"Chosen by {event.method} in step {event.step}: {share}{replaced}"
         case Evaluated():
             match_text = "" if event.exact_match is None else f", exact match {event.exact_match:.2f}"
             return (

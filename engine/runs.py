@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -184,7 +185,8 @@ def write_status(run: Run, status: RunStatus) -> None:
 def read_events(run: Run, since: int = 0) -> tuple[list[Record], int]:
     """Return the events that follow byte `since` of the file, and the position to go on from.
 
-    A line that is still being written is left for the next call.
+    A line that is still being written is left for the next call; one that another version wrote and this one cannot
+    read is passed over.
     """
     try:
         with run.events_path.open("rb") as file:
@@ -193,7 +195,11 @@ def read_events(run: Run, since: int = 0) -> tuple[list[Record], int]:
     except FileNotFoundError:
         return [], since
     whole = content[: content.rfind(b"\n") + 1]
-    return [from_line(line) for line in whole.decode().splitlines()], since + len(whole)
+    records = []
+    for line in whole.decode(errors="replace").split("\n"):
+        with suppress(ValueError, KeyError):
+            records.append(from_line(line))
+    return records, since + len(whole)
 
 
 def log_tail(run: Run, lines: int = 20) -> str:

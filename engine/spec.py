@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 Group = Literal["model", "data", "method", "optimizer", "memory", "training", "evaluation", "run"]
-Method = Literal["sift", "random"]
+Method = Literal["sift", "random", "magnitude", "fisher", "spiel-ag", "spiel-ma"]
 Role = Literal["instruction", "input", "output", "system", "messages", "text"]
 
 
@@ -102,7 +102,9 @@ class RunSpec(BaseModel):
         About(
             "method",
             "Method",
-            "sift: train the entries with the largest first gradients. random: as many entries drawn at random.",
+            "sift: the entries with the largest first gradients. random: drawn at random. magnitude: by |weight|. "
+            "fisher: the largest sums of squared gradients. spiel-ag, spiel-ma: dropped and grown while training, by "
+            "mean gradients or by SM3's accumulators.",
         ),
     ] = "sift"
     density: Annotated[
@@ -129,12 +131,42 @@ class RunSpec(BaseModel):
         About(
             "method",
             "Selection batches",
-            "Micro-batches whose gradient chooses the entries. Empty: those of the first optimizer step.",
+            "Of sift and fisher: micro-batches whose gradient chooses the entries. Empty: those of the first optimizer "
+            "step.",
             "micro-batches",
         ),
     ] = None
+    magnitude: Annotated[
+        Literal["largest", "smallest"],
+        About("method", "By magnitude", "Of magnitude: train the entries of largest or smallest |weight|."),
+    ] = "largest"
+    period: Annotated[
+        int, Field(ge=1), About("method", "Period", "Of SpIEL: steps between reselections (the paper's S).", "steps")
+    ] = 20
+    estimation_steps: Annotated[
+        int,
+        Field(ge=1),
+        About(
+            "method",
+            "Estimation steps",
+            "Of SpIEL: steps before a reselection in which the gradient is averaged (the paper's gamma).",
+            "steps",
+        ),
+    ] = 5
+    initial_rate: Annotated[
+        float,
+        Field(ge=0, le=1),
+        About("method", "Initial rate", "Of SpIEL: share of the entries replaced at first (the paper's xi)."),
+    ] = 0.2
+    schedule: Annotated[
+        Literal["linear", "cosine"],
+        About("method", "Replacement schedule", "Of SpIEL: how the replaced share falls to zero."),
+    ] = "linear"
 
-    optimizer: Annotated[Literal["adamw", "sgd"], About("optimizer", "Optimizer", "Over the trained values.")] = "adamw"
+    optimizer: Annotated[
+        Literal["auto", "adamw", "sm3", "sgd"],
+        About("optimizer", "Optimizer", "Over the trained values. auto: sm3 for spiel-ma, else adamw."),
+    ] = "auto"
     learning_rate: Annotated[
         float, Field(gt=0, le=10), About("optimizer", "Learning rate", "Peak learning rate.", remedy="Try 0.0002.")
     ] = 2e-4

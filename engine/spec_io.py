@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from engine.errors import InvalidSpecError, SpecProblem
 from engine.spec import RunSpec, about, choices
+from engine.spec_rules import rule_problems
 
 # YAML 1.1 reads 1e-4 as a string; a person means the number.
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -24,11 +25,18 @@ def parse_spec(values: Mapping[str, Any]) -> RunSpec:
         InvalidSpecError: with every problem, each a sentence with rule, value and remedy.
     """
     try:
-        return RunSpec(**values)
+        spec, problems = RunSpec(**values), []
     except ValidationError as error:
         # A field of several types reports each of them: one sentence a field is enough.
-        problems = {_field_of(detail): _problem(detail) for detail in reversed(error.errors())}
-        raise InvalidSpecError([*reversed(problems.values())]) from None
+        found = {_field_of(detail): _problem(detail) for detail in reversed(error.errors())}
+        problems = [*reversed(found.values())]
+        kept = {name: value for name, value in values.items() if name in RunSpec.model_fields and name not in found}
+        spec = RunSpec(**{"model": "-", **kept})  # what is right still has to go together
+    wrong = {problem.field for problem in problems}
+    problems += [SpecProblem(name, text) for name, text in rule_problems(spec).items() if name not in wrong]
+    if problems:
+        raise InvalidSpecError(problems)
+    return spec
 
 
 def _field_of(detail: ErrorDetails) -> str:

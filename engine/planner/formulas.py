@@ -57,9 +57,26 @@ def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
     return element_bytes * num_active
 
 
-def optimizer_states_bytes(num_active: int, optimizer: str) -> int:
-    """Return the size of the optimizer's states over the values: AdamW two moments in fp32, SGD none."""
-    return ADAMW_STATES * FP32_BYTES * num_active if optimizer == "adamw" else 0
+def optimizer_states_bytes(num_active: int, optimizer: str, *, accumulators: int = 0, ages: bool = False) -> int:
+    """Return the size of the optimizer's states over the values.
+
+    Args:
+        num_active: trained entries.
+        optimizer: adamw: two moments in fp32; sm3: its accumulators in fp32; sgd: none.
+        accumulators: rows and columns of all targets.
+        ages: whether AdamW also keeps an int32 age of each entry.
+    """
+    if optimizer == "sm3":
+        return FP32_BYTES * accumulators
+    return (ADAMW_STATES + ages) * FP32_BYTES * num_active if optimizer == "adamw" else 0
+
+
+def candidates_bytes(num_active: int) -> int:
+    """Return the size of SpIEL-AG's growth candidates in an estimation phase, as many as there are trained entries.
+
+    Of each its position, its gradient in this step, and the sums of gradient and squared gradient.
+    """
+    return 4 * FP32_BYTES * num_active
 
 
 def dense_gradient_bytes(numel: int, element_bytes: int) -> int:
@@ -105,6 +122,19 @@ def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
     Of each trained entry its int64 position, base and sum in fp32, and the rounded sum.
     """
     return (INT64_BYTES + 2 * FP32_BYTES + element_bytes) * max(num_active.values())
+
+
+def update_bytes(num_active: Mapping[str, int], method: str, optimizer: str) -> int:
+    """Return what our own optimizers take beside what stays, for one tensor at a time; torch's fused ones take nothing.
+
+    SM3: of each entry its row and column in int64, both accumulators, their minimum, its square and the update.
+    AdamW with ages: the age as a number, both bias corrections, root, denominator and update. SpIEL's replacement:
+    four int64 arrays and three masks.
+    """
+    aged = 6 * FP32_BYTES if method == "spiel-ag" else 0
+    each = 2 * INT64_BYTES + 6 * FP32_BYTES if optimizer == "sm3" else aged
+    replacing = 4 * INT64_BYTES + 2 * FP32_BYTES + 3 if method.startswith("spiel") else 0
+    return max(each, replacing) * max(num_active.values())
 
 
 def context_bytes(on_cpu: bool) -> int:

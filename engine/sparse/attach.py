@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from engine.sparse.delta import ActiveEntries, DeltaInfo, SparseDelta, fingerprint
 from engine.sparse.hooks import GradientHooks
+from engine.sparse.optim import SparseAdamW
 from engine.sparse.probe import GradientProbe
-from engine.sparse.selection import select_random_indices
+from engine.sparse.selection import select_random_indices, select_topk_indices
 from engine.sparse.sift import FirstGradientSelection
+from engine.sparse.sm3 import SM3
+from engine.sparse.spiel import Schedule, Spiel, SpielAG, SpielMA
 from engine.spec import RunSpec
 from engine.targets import match_targets, num_active_of
 
@@ -26,6 +29,7 @@ class SparseTuning:
         self.entries = entries
         self.spec = spec
         self.probe: GradientProbe | None = None
+        self.spiel: Spiel | None = None
         self._selection: FirstGradientSelection | None = None
         self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
         self._hooks = GradientHooks(model, entries, self._take)
@@ -52,7 +56,33 @@ class SparseTuning:
 
     def begin_selection(self, micro_steps: int, *, keep_gradient: bool = True) -> None:
         """Let the next `micro_steps` backwards choose the entries; see `FirstGradientSelection`."""
-        self._selection = FirstGradientSelection(self.entries, micro_steps, keep_gradient=keep_gradient)
+        squared = self.spec.method == "fisher"
+        self._selection = FirstGradientSelection(
+            self.entries, micro_steps, keep_gradient=keep_gradient, squared=squared
+        )
+
+    def begin_reselection(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Let SpIEL drop and grow entries while training, where that is the method.
+
+        Args:
+            optimizer: over `values`: `SparseAdamW` for spiel-ag, `SM3` for spiel-ma.
+            total_steps: of the whole run; the replaced share falls to zero over them.
+        """
+        spec = self.spec
+        schedule = Schedule(spec.period, spec.estimation_steps, spec.initial_rate, spec.schedule, total_steps)
+        if spec.method == "spiel-ag":
+            assert isinstance(optimizer, SparseAdamW)
+            self.spiel = SpielAG(self.entries, optimizer, schedule, spec.gradient_accumulation)
+        elif spec.method == "spiel-ma":
+            assert isinstance(optimizer, SM3)
+            self.spiel = SpielMA(self.entries, optimizer, schedule)
+
+    def place_by_magnitude(self, largest: bool) -> None:
+        """Choose the entries of largest or smallest |weight|: needs no data."""
+        for entry in self.entries:
+            magnitude = entry.weight.detach().abs()
+            scores = magnitude if largest else magnitude.neg().add_(magnitude.max())
+            entry.place(select_topk_indices(scores, entry.num_active))
 
     def place_random(self, generator: torch.Generator) -> None:
         """Choose the entries at random: the control of both papers."""
@@ -72,6 +102,8 @@ class SparseTuning:
         else:
             gathered = entry.gather(grad)
             entry.values.grad = gathered if entry.values.grad is None else entry.values.grad.add_(gathered)
+        if self.spiel is not None:
+            self.spiel.observe(entry, grad)
         if self.probe is not None and entry.indices is not None:
             self.probe.observe(entry, grad)
 
@@ -102,8 +134,8 @@ class SparseTuning:
 def attach(model: nn.Module, spec: RunSpec) -> SparseTuning:
     """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
 
-    For `random` the entries are chosen here; for `sift` call `begin_selection`, or let the first optimizer step of the
-    training loop do it.
+    For `random`, `magnitude` and SpIEL's start the entries are chosen here; for `sift` and `fisher` call
+    `begin_selection`, as the training loop does.
 
     Args:
         model: any torch model; tied weights count once.
@@ -118,6 +150,8 @@ def attach(model: nn.Module, spec: RunSpec) -> SparseTuning:
     counts = num_active_of({name: parameters[name].numel() for name in names}, spec.density, spec.num_trainable)
     entries = [ActiveEntries(name, parameters[name], count) for name, count in counts.items()]
     tuning = SparseTuning(model, entries, spec)
-    if spec.method == "random":
+    if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
         tuning.place_random(torch.Generator().manual_seed(spec.seed))
+    elif spec.method == "magnitude":
+        tuning.place_by_magnitude(largest=spec.magnitude == "largest")
     return tuning

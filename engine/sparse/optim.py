@@ -15,32 +15,15 @@ ADAM_EPS = 1e-8
 SPIEL_ADAM_EPS = 1e-6  # as published with arXiv:2401.16405
 
 
-def build_optimizer(
-    values: Iterable[nn.Parameter], name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return the optimizer that a spec names, in torch's fused form (no temporaries the size of the values).
+def clip_gradient(values: Sequence[nn.Parameter], max_norm: float | None) -> tuple[float, float]:
+    """Scale the gradients of all values together to at most `max_norm`.
 
-    Args:
-        values: fp32 or fp64 parameters.
-        name: `adamw` or `sgd`.
-        learning_rate: peak learning rate.
-        weight_decay: per step and unit of learning rate.
-
-    Raises:
-        ValueError: the name is unknown.
+    Returns:
+        Their norm before, and the factor they were scaled by, at most 1.
     """
-    if name == "adamw":
-        return torch.optim.AdamW(
-            values, lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay, fused=True
-        )
-    if name == "sgd":
-        return torch.optim.SGD(values, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    raise ValueError(f"unknown optimizer {name!r}")
-
-
-def clip_gradient(values: Sequence[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Scale the gradients of all values together to at most `max_norm`; return their norm before, a scalar."""
-    return nn.utils.clip_grad_norm_(values, float("inf") if max_norm is None else max_norm)
+    norm = float(nn.utils.clip_grad_norm_(values, float("inf") if max_norm is None else max_norm))
+    # The factor as torch computes it.
+    return norm, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
 
 
 @dataclass(frozen=True)

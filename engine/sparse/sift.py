@@ -1,7 +1,8 @@
 """SIFT: the entries with the largest first gradients are trained, and stay chosen (arXiv:2312.11875, section 4.1).
 
 The gradient that chooses is the accumulated one of the first `micro_steps` micro-batches; by default those of the first
-optimizer step, and the same gradient then makes the first update.
+optimizer step, and the same gradient then makes the first update. Fisher selection (FISH Mask, arXiv:2111.09839) sums
+the squares of the same gradients instead.
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,26 @@ class FirstGradientSelection:
     more, the dense gradients are summed in host memory: the bytes of the targets in fp32.
     """
 
-    def __init__(self, entries: Sequence[ActiveEntries], micro_steps: int, *, keep_gradient: bool = True) -> None:
+    def __init__(
+        self,
+        entries: Sequence[ActiveEntries],
+        micro_steps: int,
+        *,
+        keep_gradient: bool = True,
+        squared: bool = False,
+    ) -> None:
         """Begin to watch.
 
         Args:
             entries: the targets, not yet placed.
             micro_steps: micro-batches whose summed gradient chooses, at least 1.
             keep_gradient: whether the chosen entries' gradient becomes `values.grad` for the coming update.
+            squared: choose by the sum of squared gradients; nothing is kept for an update then.
         """
         self._entries = entries
         self._left = micro_steps
-        self._keep = keep_gradient
+        self._keep = keep_gradient and not squared
+        self._squared = squared
         self._sums: dict[str, Tensor] | None = {} if micro_steps > 1 else None
 
     @property
@@ -39,6 +49,8 @@ class FirstGradientSelection:
 
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the dense gradient of one weight in one micro-batch."""
+        if self._squared:
+            grad = grad.to(entry.values.dtype).square()
         if self._sums is None:
             self._choose(entry, grad)
         elif entry.name in self._sums:

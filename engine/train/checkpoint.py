@@ -45,6 +45,8 @@ def save_checkpoint(folder: Path, tuning: SparseTuning, optimizer: torch.optim.O
         tensors[f"{entry.name}.values"] = entry.values.detach()
         for key, state in optimizer.state[entry.values].items():
             tensors[f"{entry.name}.optimizer.{key}"] = torch.as_tensor(state)
+    if tuning.spiel is not None:
+        tensors.update(tuning.spiel.state())
     partial = folder / f".{progress.step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -71,7 +73,9 @@ def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.opt
         with torch.no_grad():
             for entry in tuning.entries:
                 entry.values.copy_(tensors[f"{entry.name}.values"])
-        optimizer.load_state_dict(_optimizer_state(tensors, tuning, optimizer))
+        _load_optimizer(tensors, tuning, optimizer)
+        if tuning.spiel is not None:
+            tuning.spiel.load_state(tensors)
         tuning.write_back()
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
@@ -84,13 +88,10 @@ def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.opt
         ) from error
 
 
-def _optimizer_state(
-    tensors: dict[str, Tensor], tuning: SparseTuning, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    states = {}
-    for number, entry in enumerate(tuning.entries):
+def _load_optimizer(tensors: dict[str, Tensor], tuning: SparseTuning, optimizer: torch.optim.Optimizer) -> None:
+    # Not through load_state_dict, which would turn the integer ages of entries into floats.
+    for entry in tuning.entries:
         prefix = f"{entry.name}.optimizer."
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if found:
-            states[number] = found
-    return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
+            optimizer.state[entry.values] = {key: tensor.to(entry.values.device) for key, tensor in found.items()}

@@ -61,6 +61,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.total_steps = steps_in_run(len(self.data.training), self.spec)
         self.model.config.use_cache = False
+        self.tuning.begin_reselection(self.optimizer, self.total_steps)
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -74,7 +75,7 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         self.model.train()
-        if self.step == 0 and self.spec.method == "sift":
+        if self.step == 0 and self.spec.method in ("sift", "fisher"):
             self._begin_selection()
         started, before, first = time.monotonic(), self.elapsed_s, self.step
         while self.step < self.total_steps:
@@ -113,10 +114,10 @@ class Trainer:
 
     def _begin_selection(self) -> None:
         count = self.spec.selection_micro_steps or self.spec.gradient_accumulation
-        if count <= self.spec.gradient_accumulation:
+        if count <= self.spec.gradient_accumulation and self.spec.method == "sift":
             self.tuning.begin_selection(count)
             return
-        # More micro-batches than the first step has: a pass over them that only chooses.
+        # More micro-batches than the first step has, or squares of gradients: a pass over them that only chooses.
         self.tuning.begin_selection(count, keep_gradient=False)
         batches = list(islice(self._micro_batches(), count))
         tokens = sum(batch.labelled_tokens for batch in batches)
@@ -133,7 +134,8 @@ class Trainer:
         """Do step `step`, from 1; return its loss, the gradient's norm before clipping, and its tokens."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.spec)
-        selecting = self.tuning.selecting
+        if self.tuning.spiel is not None:
+            self.tuning.spiel.begin_step(step)
         batches = step_batches(self.data.training, self.spec, step)
         labelled = sum(batch.labelled_tokens for batch in batches)
         loss = 0.0
@@ -142,13 +144,14 @@ class Trainer:
                 self.tuning.probe = GradientProbe()
             loss += self._backward(batch, max(1, labelled))
         self._report_probe(step)
-        if selecting or step == 1:
-            density = self.tuning.num_active / self.tuning.target_numel
-            self.emit(Selected(step, self.spec.method, self.tuning.num_active, density))
-        norm = float(clip_gradient(self.tuning.values, self.spec.max_grad_norm))
+        if step == 1:
+            self._report_selection(step, self.tuning.num_active)
+        norm, clip = clip_gradient(self.tuning.values, self.spec.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tuning.write_back()
+        if self.tuning.spiel is not None and (done := self.tuning.spiel.end_step(step, clip)):
+            self._report_selection(step, done.replaced)
         return loss, norm, sum(int(batch.attention_mask.sum()) for batch in batches)
 
     def _backward(self, batch: Batch, labelled_tokens: int) -> float:
@@ -162,6 +165,10 @@ class Trainer:
         loss.backward()
         self.tuning.end_micro_step()
         return value
+
+    def _report_selection(self, step: int, replaced: int) -> None:
+        density = self.tuning.num_active / self.tuning.target_numel
+        self.emit(Selected(step, self.spec.method, self.tuning.num_active, density, replaced))
 
     def _probe_due(self, step: int) -> bool:
         interval = self.spec.probe_interval

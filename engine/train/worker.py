@@ -42,7 +42,7 @@ from engine.runs import (
     write_status,
 )
 from engine.sparse.attach import attach
-from engine.sparse.optim import build_optimizer
+from engine.sparse.optimizers import build_optimizer
 from engine.spec import RunSpec
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer
@@ -205,7 +205,7 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
             time.monotonic() - begun,
         )
     )
-    optimizer = build_optimizer(tuning.values, spec.optimizer, spec.learning_rate, spec.weight_decay)
+    optimizer = build_optimizer(tuning.entries, spec)
 
     def save(trainer: Trainer) -> None:
         progress = Progress(trainer.step, trainer.elapsed_s, trainer.memory.peak_bytes())

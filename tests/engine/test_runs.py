@@ -83,3 +83,12 @@ def test_worker_lock_is_the_sign_of_life(tmp_path: Path) -> None:
             runs.delete_run(run)
     runs.delete_run(run)
     assert not run.path.exists()
+
+
+def test_lines_of_another_version_are_passed_over(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    with run.events_path.open("w") as file:
+        file.write('{"seq": 1, "time_s": 0.0, "kind": "dream"}\n{"seq": 2, "time_s": 0.0, "kind": "warning"}\n')
+    EventWriter(run.events_path).write(Warned("third"))
+    records, _ = runs.read_events(run)
+    assert [(record.seq, record.event) for record in records] == [(3, Warned("third"))]

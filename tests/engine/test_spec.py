@@ -48,14 +48,15 @@ def test_spec_is_frozen() -> None:
 
 
 def test_yaml_round_trip_keeps_every_field(tmp_path: Path) -> None:
-    spec = parse_spec({"model": "demo", "targets": ["q_proj", "v_proj"], "learning_rate": 3e-4, "columns": {"text": "t"}})
+    spec = parse_spec({"model": "demo", "targets": ["q_proj"], "learning_rate": 3e-4, "columns": {"text": "t"}})
     path = tmp_path / "spec.yaml"
     path.write_text(dump_spec(spec))
     assert parse_spec(load_values(path)) == spec
 
 
 def test_overrides_read_yaml_and_exponents() -> None:
-    values = apply_overrides({"model": "demo"}, ["density=1e-2", "targets=[q_proj]", "max_steps=null", "budget_gib=22.5"])
+    overrides = ["density=1e-2", "targets=[q_proj]", "max_steps=null", "budget_gib=22.5"]
+    values = apply_overrides({"model": "demo"}, overrides)
     spec = parse_spec(values)
     assert (spec.density, spec.targets, spec.max_steps, spec.budget_gib) == (0.01, ("q_proj",), None, 22.5)
 

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 from engine.errors import TargetsError
 from engine.sparse.attach import SparseTuning, attach
-from engine.sparse.optim import build_optimizer, clip_gradient
+from engine.sparse.optim import clip_gradient
+from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
 from engine.spec import RunSpec
 
@@ -46,7 +47,7 @@ def test_sift_matches_a_dense_masked_reference(tiny_llama: LlamaForCausalLM, acc
     batches = torch.randint(0, 128, (6, accumulation, 2, 12))
     tuning = attach(model, _spec())
     tuning.begin_selection(accumulation)
-    optimizer = build_optimizer(tuning.values, "adamw", 1e-2, 0.1)
+    optimizer = build_optimizer(tuning.entries, tuning.spec)
     parameters = {name: dict(twin.named_parameters())[name] for name in [entry.name for entry in tuning.entries]}
     base = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     deltas = {name: nn.Parameter(torch.zeros_like(parameter)) for name, parameter in parameters.items()}
@@ -76,7 +77,7 @@ def test_only_targets_change_and_detach_restores_all(tiny_llama: LlamaForCausalL
     base = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
     tuning = attach(tiny_llama, _spec(targets="attention"))
     tuning.begin_selection(1)
-    optimizer = build_optimizer(tuning.values, "adamw", 1e-2, 0.0)
+    optimizer = build_optimizer(tuning.entries, tuning.spec)
     for _ in range(3):
         _backward(tiny_llama, torch.randint(0, 128, (2, 12)))
         tuning.end_micro_step()

@@ -13,8 +13,9 @@ from engine.errors import TrainingError
 from engine.events import Event, Probed, Selected, Stepped
 from engine.models import load_model, load_tokenizer
 from engine.sparse.attach import attach
-from engine.sparse.optim import build_optimizer
-from engine.spec import RunSpec
+from engine.sparse.optimizers import build_optimizer
+from engine.spec import RunSpec, choices
+from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer, learning_rate_at
 from engine.train.memory import MemoryMeter
 
@@ -38,7 +39,7 @@ def make(model_folder: Path, dataset_folder: Path) -> Make:
         tokenizer = load_tokenizer(spec)
         model = load_model(spec, device).double()
         tuning = attach(model, spec)
-        optimizer = build_optimizer(tuning.values, spec.optimizer, spec.learning_rate, spec.weight_decay)
+        optimizer = build_optimizer(tuning.entries, spec)
         events: list[Event] = []
         trainer = Trainer(
             spec,
@@ -61,16 +62,44 @@ def _result(trainer: Trainer) -> dict[str, tuple[Tensor, Tensor]]:
     return {entry.name: (entry.indices, entry.values.detach()) for entry in trainer.tuning.entries}
 
 
+@pytest.mark.parametrize("method", ["sift", "spiel-ag", "spiel-ma"])
 @pytest.mark.parametrize(("rows", "accumulation"), [(2, 4), (1, 8)])
-def test_accumulation_changes_nothing(make: Make, rows: int, accumulation: int) -> None:
+def test_accumulation_changes_nothing(make: Make, method: str, rows: int, accumulation: int) -> None:
     """Rows have unequal label counts, so this holds only because the loss is per labelled token of the step."""
-    whole, _ = make(micro_batch_size=8, gradient_accumulation=1)
-    split, _ = make(micro_batch_size=rows, gradient_accumulation=accumulation)
+    fields = {"method": method, "period": 3, "estimation_steps": 2}
+    whole, _ = make(micro_batch_size=8, gradient_accumulation=1, **fields)
+    split, _ = make(micro_batch_size=rows, gradient_accumulation=accumulation, **fields)
     whole.run()
     split.run()
     for name, (indices, values) in _result(whole).items():
         assert torch.equal(indices, _result(split)[name][0]), name
         torch.testing.assert_close(values, _result(split)[name][1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", choices("method"))
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(
+    make: Make, tmp_path: Path, method: str, accumulation: int
+) -> None:
+    """The checkpoint falls into an estimation phase, between its first step and its last."""
+    fields = {
+        "method": method,
+        "period": 4,
+        "estimation_steps": 3,
+        "max_steps": 12,
+        "micro_batch_size": 2,
+        "gradient_accumulation": accumulation,
+    }
+    whole, _ = make(**fields)
+    whole.save = lambda trainer: save_checkpoint(tmp_path, trainer.tuning, trainer.optimizer, Progress(6, 0.0, 0))
+    whole.control.checkpoint_requested = lambda: whole.step == 6  # type: ignore[method-assign]
+    whole.run()
+    resumed, _ = make(**fields)
+    resumed.step = load_checkpoint(tmp_path / "6", resumed.tuning, resumed.optimizer).step
+    resumed.run()
+    for name, (indices, values) in _result(whole).items():
+        assert torch.equal(indices, _result(resumed)[name][0]), name
+        assert torch.equal(values, _result(resumed)[name][1]), name
 
 
 def test_selection_may_look_at_more_batches_than_a_step_has(make: Make) -> None:

@@ -129,7 +129,7 @@ def test_second_run_waits_its_turn_and_can_be_stopped_while_it_waits(make: Start
     _wait_for(second, lambda: "Waiting for another run" in runs.read_status(second).detail)
     with pytest.raises(RunError, match=f"{second.id} is at work already"):
         workers.start_worker(second)
-    with pytest.raises(RunError, match="is still queued. Stop it first"):
+    with pytest.raises(RunError, match=r"is still queued\. Stop it first"):
         runs.delete_run(second)
     runs.send_request(second, "stop")
     runs.send_request(first, "stop")

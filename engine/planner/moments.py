@@ -1,0 +1,96 @@
+"""The moments of a run that may be its peak: loss, backward of a block, optimizer step, selection of entries."""
+
+from dataclasses import dataclass
+
+from engine.planner import activations, formulas
+from engine.planner.workload import Workload
+from engine.spec_rules import optimizer_of
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment that may be the peak: what is saved for the backward and what comes and goes, in bytes."""
+
+    phase: str
+    saved: int
+    transient: int
+    has_states: bool = True
+
+    @property
+    def total(self) -> int:
+        """Bytes beyond the resident terms."""
+        return self.saved + self.transient
+
+
+def run_moments(work: Workload) -> list[Moment]:
+    """Return every moment that may be the peak."""
+    e, spec = work.setting.element_bytes, work.spec
+    probe = formulas.probe_bytes(work.largest[0], e) if spec.probe_interval else 0
+    reading = max(formulas.gather_bytes(work.active, e), probe)
+    update = max(
+        formulas.write_back_bytes(work.active, e), formulas.update_bytes(work.active, spec.method, optimizer_of(spec))
+    )
+    return [*step_moments(work, reading), Moment("optimizer step", 0, update), *selection_moments(work)]
+
+
+def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
+    """Return the loss and the backward of a block.
+
+    Args:
+        work: what runs.
+        reading: what reads a dense gradient beside it.
+        extra: what else lies in memory meanwhile.
+    """
+    shape, setting = work.shape, work.setting
+    saved = activations.blocks_saved_bytes(shape, setting, work.targets.parts)
+    saved += activations.shared_saved_bytes(shape, setting)
+    flows = any(part.reached for part in work.targets.parts) or shape.embedding in work.numels
+    norm_trained = any(name.endswith(("model.norm.weight", "ln_f.weight")) for name in work.numels)
+    head = activations.head_saved_bytes(shape, setting, norm_trained, work.trains_head) if flows else 0
+    moments = [Moment("loss", saved + head, activations.loss_transient_bytes(shape, setting) + extra)]
+    if work.trains_head:
+        dense = formulas.dense_gradient_bytes(shape.vocabulary * shape.hidden, setting.element_bytes)
+        logits = setting.element_bytes * shape.vocabulary * setting.tokens
+        moments.append(Moment("backward of the output layer", saved + head, logits + dense + reading + extra))
+    reached = {part for part in work.targets.parts if part.reached}
+    for part in reached:
+        dense = work.block_dense_bytes + reading
+        added = activations.block_backward_bytes(shape, setting, part, dense)
+        moments.append(_block_moment(saved, added, extra))
+    return moments
+
+
+def _block_moment(saved: int, added: int, extra: int) -> Moment:
+    # Below zero: the block has freed more than its backward made, and the saved part is smaller by that.
+    return Moment("backward of one block", saved + min(added, 0), max(added, 0) + extra)
+
+
+def selection_moments(work: Workload) -> list[Moment]:
+    """Return the moments in which entries are chosen: before or in the first step, or in SpIEL's estimation phases."""
+    (numel, count), e, method = work.largest, work.setting.element_bytes, work.spec.method
+    if method in ("random", "spiel-ma"):
+        drawn = formulas.draw_bytes(numel, count) if work.on_cpu else 0
+        return [Moment("selection", 0, drawn, has_states=method == "spiel-ma")]
+    if method == "magnitude":
+        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e), has_states=False)]
+    squares = formulas.FP32_BYTES * numel if method == "fisher" else 0
+    if work.selection_micro_steps == 1:
+        steps = step_moments(work, squares + formulas.topk_bytes(numel, count, e))
+    else:
+        # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
+        summed = formulas.accumulated_gradient_bytes(work.numels)
+        steps = step_moments(work, squares + formulas.gather_bytes(work.active, e), summed if work.on_cpu else 0)
+        top = formulas.topk_bytes(numel, count, formulas.FP32_BYTES)
+        steps.append(Moment("selection", 0, top + (summed if work.on_cpu else formulas.FP32_BYTES * numel)))
+    # SpIEL-AG chooses candidates again and again, beside the states; the others once, before there are any.
+    return [Moment("selection", step.saved, step.transient, has_states=method == "spiel-ag") for step in steps]
+
+
+def selection_host_bytes(work: Workload) -> int:
+    """Return the main memory that the selection of a GPU run needs."""
+    (numel, count), method = work.largest, work.spec.method
+    if method in ("random", "spiel-ma"):
+        return formulas.draw_bytes(numel, count)
+    if method == "magnitude" or work.selection_micro_steps == 1:
+        return 0
+    return formulas.accumulated_gradient_bytes(work.numels) + formulas.FP32_BYTES * numel

@@ -1,0 +1,129 @@
+"""The command line as a person uses it: sentences, exit status, JSON; the demo in small; real models and data."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.__main__ import main
+from engine.presets import bundled_models
+
+PROJECT = Path(__file__).resolve().parents[2]
+SMALL = ["--set", "sequence_length=64", "--set", "max_steps=3", "--set", "gradient_accumulation=2"]
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSE_TUNING_HUB", "offline")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def _said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that is to fail before it trains; return what it says."""
+    assert main([*arguments]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+def test_density_of_five_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, "train", "demo", "--set", "density=5")
+    assert said == "Error: density must be in (0, 1], got 5. For 5 percent write 0.05.\n"
+
+
+def test_all_problems_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, "plan", "--set", "density=5", "--set", "dtpye=float32")
+    assert "density must be in (0, 1], got 5." in said
+    assert "Did you mean dtype?" in said
+    assert "model is missing." in said
+
+
+def test_unreachable_hub_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, "train", "--set", "model=Qwen/Qwen3-0.6B", "--set", "dataset=demo/pirate")
+    assert (
+        "The Hugging Face Hub did not answer within 3 s, and model 'Qwen/Qwen3-0.6B' is not on this computer." in said
+    )
+
+
+def test_model_folder_without_weights_plans_and_does_not_train(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(bundled_models()["demo"] / "config.json", folder)
+    assert main(["plan", "--set", f"model={folder}"]) == 0
+    said = _said(capsys, "train", "--set", f"model={folder}", "--set", "dataset=demo/pirate")
+    assert "has a config.json but no weights (*.safetensors)" in said
+
+
+def test_budget_that_is_too_small_names_need_budget_and_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, "train", "demo", "--set", "budget_gib=0.1")
+    assert "This run needs about" in said
+    assert "the budget is 102.4 MiB" in said
+    assert "raise budget_gib" in said
+
+
+def test_missing_dataset_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "dataset is missing" in _said(capsys, "train", "--set", "model=demo")
+
+
+def test_unknown_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no run 'nope'" in _said(capsys, "stop", "nope")
+
+
+def _train(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run `train --json` as a process; return its status, the object of its last line, and what it said."""
+    command = [sys.executable, "-m", "engine", "train", *arguments, "--json"]
+    environment = {"PYTHONPATH": str(PROJECT), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_dataset_without_usable_column_fails_with_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
+    status, report, said = _train("--set", "model=demo", "--set", "dataset=odd.jsonl", *SMALL)
+    assert status == 1
+    assert report["state"] == "failed"
+    assert "has no column to train on: found a, b." in report["error"]
+    assert "Traceback" not in said
+
+
+def test_small_demo_learns_the_style_on_entities_it_never_saw() -> None:
+    """The demo with a third of its steps and answers, at a rate that suits them."""
+    arguments = ["max_steps=80", "learning_rate=0.001", "exact_match_rows=64", "evaluation_rows=64"]
+    status, report, said = _train("demo", *(part for item in arguments for part in ("--set", item)))
+    assert status == 0, said
+    assert report["state"] == "finished"
+    assert report["exact_match"]["base"] <= 0.05
+    assert report["exact_match"]["tuned"] >= 0.9
+    assert report["train_seconds"] > 0
+    assert report["peak_bytes"] > 0
+    assert "exact match" in said
+
+
+@pytest.mark.parametrize("dataset", ["alpaca_en_demo.json", "wiki_demo.txt"])
+def test_real_pretrained_model_learns_from_real_data(shared: Path, dataset: str) -> None:
+    fields = {
+        "model": shared / "models" / "stories260k",
+        "dataset": shared / "data" / "llamafactory_demo" / dataset,
+        "density": 0.05,
+        "learning_rate": 0.002,
+        "sequence_length": 128,
+        "micro_batch_size": 8,
+        "gradient_accumulation": 1,
+        "max_steps": 40,
+        "evaluation_interval": 0,
+    }
+    status, report, said = _train(*(part for name, value in fields.items() for part in ("--set", f"{name}={value}")))
+    assert status == 0, said
+    assert report["evaluation_loss"]["tuned"] < report["evaluation_loss"]["base"] - 0.3
+    assert report["exact_match"] == {"base": None, "tuned": None}
