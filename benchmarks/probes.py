@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.sparse.attach import SparseTuning, attach
-from engine.sparse.optim import build_optimizer
+from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
 from engine.spec import RunSpec
 
@@ -64,7 +64,7 @@ def build(device: str, width: int, layers: int, tokens: int) -> Bench:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = LlamaForCausalLM(config).to(device=device, dtype=dtype)
     tuning = attach(model, RunSpec(model="random", method="random", density=0.01))
-    optimizer = build_optimizer(tuning.values, "adamw", 1e-4, 0.0)
+    optimizer = build_optimizer(tuning.entries, tuning.spec)
     return Bench(model, tuning, optimizer, torch.randint(0, 4096, (1, tokens), device=device))
 
 

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from engine.errors import ModelError
 from engine.hub import hub_online, require_hub
 from engine.planner.shape import require_weights, resolve_model
+from engine.sparse.base_weight import nf4_config
 from engine.spec import RunSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,14 +32,17 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     require_weights(spec.model, spec.model_revision)
+    dtype = resolve_dtype(spec.dtype, device)
+    quantised = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
     model = _load(
         AutoModelForCausalLM,
         spec,
-        dtype=resolve_dtype(spec.dtype, device),
+        dtype=dtype,
         attn_implementation=spec.attention,
         use_safetensors=True,
+        **(quantised if spec.quantization == "nf4" else {}),
     )
-    placed: PreTrainedModel = model.to(device).eval()
+    placed: PreTrainedModel = (model if spec.quantization == "nf4" else model.to(device)).eval()
     return placed
 
 

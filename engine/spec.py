@@ -5,7 +5,7 @@ say the same words.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,7 +43,13 @@ class RunSpec(BaseModel):
         str | None, About("model", "Model revision", "Branch, tag or commit on the Hub. Empty: the default branch.")
     ] = None
     quantization: Annotated[
-        Literal["none"], About("model", "Base weights", "How the frozen base is stored. none: in the dtype below.")
+        Literal["none", "nf4"],
+        About(
+            "model",
+            "Base weights",
+            "How the frozen base is stored. none: in the data type below; nf4: linear layers in 4 bit, dequantised "
+            "where they are used.",
+        ),
     ] = "none"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -271,5 +277,5 @@ def about(name: str) -> About:
 def choices(name: str) -> tuple[str, ...]:
     """Return the words a field accepts, in order; empty for a field that is not a choice."""
     annotation = RunSpec.model_fields[name].annotation
-    options = [annotation, *get_args(annotation)]
-    return next((get_args(option) for option in options if str(option).startswith("typing.Literal")), ())
+    options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
+    return next((get_args(option) for option in options if get_origin(option) is Literal), ())

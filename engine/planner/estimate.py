@@ -130,8 +130,8 @@ def _resident(work: Workload) -> dict[str, int]:
     e, count, spec = work.setting.element_bytes, work.num_active, work.spec
     candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
     return {
-        "parameters": formulas.parameters_bytes(work.shape.num_parameters, e),
-        "values": formulas.values_bytes(count) + formulas.replaced_bytes(count, e),
+        "parameters": work.parameters_bytes,
+        "values": formulas.values_bytes(count) + (0 if work.quantised else formulas.replaced_bytes(count, e)),
         "indices": formulas.indices_bytes(work.numels, work.active),
         "gradients": formulas.gradients_bytes(count) + candidates,
         "optimizer_states": formulas.optimizer_states_bytes(

@@ -24,12 +24,29 @@ CUDA_WORKSPACE_BYTES = 2 * 32 * MIB
 # Buffers of oneDNN and OpenMP, small tensors, stacks of threads: 35 to 50 MiB beyond the closed forms in two steps of a
 # model of 63 M parameters, with glibc's mmap threshold at 1 MiB (left alone it keeps freed blocks, 13 to 30 percent).
 CPU_WORKSPACE_BYTES = 40 * MIB
+NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
+NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation
 ADAMW_STATES = 2  # first and second moment, fp32
 
 
 def parameters_bytes(num_parameters: int, element_bytes: int) -> int:
     """Return the size of the frozen base: every parameter once, in the dtype of the run."""
     return num_parameters * element_bytes
+
+
+def quantised_bytes(numel: int) -> int:
+    """Return the size of a linear weight in NF4 with double quantisation (arXiv:2305.14314): 4.127 bits an entry.
+
+    Half a byte an entry; of each block of 64 its absmax in one byte, and of 256 of those an fp32 scale; per weight the
+    code books of both quantisations (16 and 256 fp32 numbers) and their offset.
+    """
+    blocks = -(-numel // NF4_BLOCK)
+    return -(-numel // 2) + blocks + FP32_BYTES * (-(-blocks // NF4_NESTED_BLOCK) + 16 + 256 + 1)
+
+
+def dequantised_bytes(numel: int, element_bytes: int) -> int:
+    """Return what using an NF4 weight takes beside it: the dense matrix and the absmax of its blocks in fp32 twice."""
+    return element_bytes * numel + 2 * FP32_BYTES * -(-numel // NF4_BLOCK)
 
 
 def values_bytes(num_active: int) -> int:

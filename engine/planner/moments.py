@@ -54,7 +54,8 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
         moments.append(Moment("backward of the output layer", saved + head, logits + dense + reading + extra))
     reached = {part for part in work.targets.parts if part.reached}
     for part in reached:
-        dense = work.block_dense_bytes + reading
+        # The rebuilt NF4 weight is freed before the dense gradient of its layer is made.
+        dense = max(work.block_dense_bytes + reading, work.rebuilt_bytes)
         added = activations.block_backward_bytes(shape, setting, part, dense)
         moments.append(_block_moment(saved, added, extra))
     return moments

@@ -108,6 +108,11 @@ def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:
         yield "base weights in bfloat16", {"dtype": "bfloat16"}, "the base weights are rounded to 3 digits"
 
 
+def _nf4(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if spec.quantization == "none":
+        yield "base weights in NF4", {"quantization": "nf4"}, "the base weights are rounded to 4 bits; slower steps"
+
+
 def _length(spec: RunSpec, device: Device) -> Iterator[Option]:
     for halvings in range(1, MOST_HALVINGS + 1):
         length = spec.sequence_length >> halvings
@@ -137,6 +142,7 @@ _KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
     _micro_batch,
     _selection,
     _dtype,
+    _nf4,
     _length,
     _density,
     _attention,

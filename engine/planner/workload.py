@@ -10,7 +10,7 @@ from engine.planner import activations, formulas
 from engine.planner.activations import Setting, TrainedParts
 from engine.planner.shape import ModelShape, target_tensors
 from engine.spec import RunSpec
-from engine.targets import layer_number, num_active_of
+from engine.targets import is_linear, layer_number, num_active_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -31,7 +31,10 @@ class TargetSizes:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A spec made concrete: the micro-batch, the targets, how many entries of each are trained."""
+    """A spec made concrete: the micro-batch, the targets, how many entries of each are trained.
+
+    `quantised`: entries of each weight that is stored in NF4.
+    """
 
     spec: RunSpec
     shape: ModelShape
@@ -39,6 +42,7 @@ class Workload:
     on_cpu: bool
     targets: TargetSizes
     active: Mapping[str, int]
+    quantised: tuple[int, ...]
 
     @property
     def numels(self) -> Mapping[str, int]:
@@ -71,6 +75,18 @@ class Workload:
         tied = self.numels.get(self.shape.head or "", 0) if self.shape.tied else 0
         return formulas.dense_gradient_bytes(self.targets.largest_in_blocks + tied, self.setting.element_bytes)
 
+    @property
+    def parameters_bytes(self) -> int:
+        """The frozen base, as it is stored."""
+        dense = self.shape.num_parameters - sum(self.quantised)
+        stored = sum(formulas.quantised_bytes(numel) for numel in self.quantised)
+        return formulas.parameters_bytes(dense, self.setting.element_bytes) + stored
+
+    @property
+    def rebuilt_bytes(self) -> int:
+        """What the use of the largest NF4 weight takes; 0 over a dense base."""
+        return formulas.dequantised_bytes(max(self.quantised, default=0), self.setting.element_bytes)
+
 
 def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload:
     """Return `spec` on a model and a device.
@@ -84,7 +100,14 @@ def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload
     targets = _sizes_of(shape, spec.targets)
     setting = Setting(rows, length, e, kernel, spec.gradient_checkpointing)
     active = num_active_of(targets.numels, spec.density, spec.num_trainable)
-    return Workload(spec, shape, setting, device.is_cpu, targets, active)
+    quantised = _quantised(shape) if spec.quantization == "nf4" else ()
+    return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised)
+
+
+@lru_cache(maxsize=16)
+def _quantised(shape: ModelShape) -> tuple[int, ...]:
+    """Return the entries of each weight that bitsandbytes quantises: the linear layers of the blocks."""
+    return tuple(math.prod(sizes) for name, sizes in shape.tensors.items() if is_linear(name, sizes))
 
 
 @lru_cache(maxsize=64)

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from engine.sparse.delta import ActiveEntries, DeltaInfo, SparseDelta, fingerprint
+from engine.sparse.base_weight import NF4Weight, base_weights
+from engine.sparse.delta import DeltaInfo, SparseDelta, fingerprint
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.hooks import GradientHooks
+from engine.sparse.linear import LinearFunctions
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.probe import GradientProbe
 from engine.sparse.selection import select_random_indices, select_topk_indices
@@ -24,15 +27,28 @@ class SparseTuning:
     then `write_back`. Gradients of micro-batches are summed in fp32 into `values.grad`; divide the losses accordingly.
     """
 
-    def __init__(self, model: nn.Module, entries: list[ActiveEntries], spec: RunSpec) -> None:
-        """Prefer `attach`, which finds the targets and makes the entries."""
+    def __init__(
+        self, model: nn.Module, entries: list[ActiveEntries], spec: RunSpec, *, functions: bool = False
+    ) -> None:
+        """Prefer `attach`, which finds the targets and makes the entries.
+
+        Args:
+            model: frozen but for the entries, until `detach`.
+            entries: the targets.
+            spec: the settings of the method are read.
+            functions: take gradients by `LinearFunctions` also where hooks would do; all targets must be linear layers.
+        """
         self.entries = entries
         self.spec = spec
         self.probe: GradientProbe | None = None
         self.spiel: Spiel | None = None
         self._selection: FirstGradientSelection | None = None
         self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
-        self._hooks = GradientHooks(model, entries, self._take)
+        self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        model.requires_grad_(False)
+        by_function = [entry for entry in entries if functions or isinstance(entry.weight, NF4Weight)]
+        by_hook = [entry for entry in entries if entry not in by_function]
+        self._ways = (LinearFunctions(model, by_function, self._take), GradientHooks(by_hook, self._take))
 
     @property
     def values(self) -> list[nn.Parameter]:
@@ -80,7 +96,8 @@ class SparseTuning:
     def place_by_magnitude(self, largest: bool) -> None:
         """Choose the entries of largest or smallest |weight|: needs no data."""
         for entry in self.entries:
-            magnitude = entry.weight.detach().abs()
+            weight = entry.weight
+            magnitude = (weight.dense() if isinstance(weight, NF4Weight) else weight.detach()).abs()
             scores = magnitude if largest else magnitude.neg().add_(magnitude.max())
             entry.place(select_topk_indices(scores, entry.num_active))
 
@@ -121,17 +138,26 @@ class SparseTuning:
 
     def delta(self) -> SparseDelta:
         """Return a copy of the delta as it is now."""
-        info = DeltaInfo(self.spec.method, self.num_active / self.target_numel, self.spec.model, self._fingerprint)
+        info = DeltaInfo(
+            self.spec.method,
+            self.num_active / self.target_numel,
+            self.spec.model,
+            self._fingerprint,
+            "nf4" if any(isinstance(entry.weight, NF4Weight) for entry in self.entries) else "none",
+        )
         return SparseDelta.of(info, self.entries)
 
     def detach(self) -> None:
         """Take the hooks away and give every base weight back, bit for bit."""
-        self._hooks.remove()
+        for way in self._ways:
+            way.remove()
         for entry in self.entries:
             entry.restore()
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required)
 
 
-def attach(model: nn.Module, spec: RunSpec) -> SparseTuning:
+def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False) -> SparseTuning:
     """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
 
     For `random`, `magnitude` and SpIEL's start the entries are chosen here; for `sift` and `fisher` call
@@ -140,16 +166,16 @@ def attach(model: nn.Module, spec: RunSpec) -> SparseTuning:
     Args:
         model: any torch model; tied weights count once.
         spec: `method`, `targets`, `density` or `num_trainable`, and `seed` are read.
+        functions: take gradients by functions also where hooks would do; see `SparseTuning`.
 
     Raises:
         TargetsError: no parameter matches `spec.targets`.
     """
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    names = match_targets(shapes, spec.targets)
-    counts = num_active_of({name: parameters[name].numel() for name in names}, spec.density, spec.num_trainable)
-    entries = [ActiveEntries(name, parameters[name], count) for name, count in counts.items()]
-    tuning = SparseTuning(model, entries, spec)
+    weights = base_weights(model)
+    names = match_targets({name: tuple(weight.shape) for name, weight in weights.items()}, spec.targets)
+    counts = num_active_of({name: weights[name].numel() for name in names}, spec.density, spec.num_trainable)
+    entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]
+    tuning = SparseTuning(model, entries, spec, functions=functions)
     if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
         tuning.place_random(torch.Generator().manual_seed(spec.seed))
     elif spec.method == "magnitude":

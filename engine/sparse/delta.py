@@ -1,7 +1,6 @@
 """A delta is what training changes: for each weight, positions and the numbers added there.
 
-`ActiveEntries` is a delta at work on one weight of a model; `SparseDelta` is a delta as an object that is saved,
-loaded, applied and removed.
+`SparseDelta` is a delta as an object that is saved, loaded, applied and removed.
 """
 
 import hashlib
@@ -17,67 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.errors import DeltaError
+from engine.sparse.base_weight import NF4Weight, base_weights
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.linear import LinearFunctions
 
 FORMAT_VERSION = 1
 FINGERPRINT_ENTRIES = 4096  # per weight
-
-
-class ActiveEntries:
-    """The trained entries of one weight: where they are, what stood there, and what is added.
-
-    `values` are fp32 (fp64 over an fp64 weight) whatever the weight is: bf16 rounds most small updates away. The weight
-    holds round(base + values) at `indices` after `write_back`, and its own numbers bit for bit after `restore`.
-    """
-
-    def __init__(self, name: str, weight: nn.Parameter, num_active: int) -> None:
-        """Reserve `num_active` entries of `weight`; `place` says which.
-
-        Args:
-            name: of the parameter in the model.
-            weight: any shape, contiguous.
-            num_active: 1 <= num_active <= weight.numel().
-        """
-        if not weight.is_contiguous():
-            raise ValueError(f"{name} is not contiguous")
-        self.name = name
-        self.weight = weight
-        self.num_active = num_active
-        self.indices: Tensor | None = None  # (num_active,) sorted, unique
-        self.base: Tensor | None = None  # (num_active,) the replaced entries, dtype of the weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.values = nn.Parameter(torch.zeros(num_active, dtype=dtype, device=weight.device))
-
-    def place(self, indices: Tensor) -> None:
-        """Make the entries at `indices`, (num_active,), the trained ones; what stands there is kept as the base."""
-        self.restore()
-        self.indices = indices.to(self.weight.device)
-        self.base = self._flat().index_select(0, self.indices)
-
-    @property
-    def placed(self) -> Tensor:
-        """The indices, (num_active,); an error before `place`."""
-        assert self.indices is not None, f"the entries of {self.name} are not placed yet"
-        return self.indices
-
-    def gather(self, dense: Tensor) -> Tensor:
-        """Return the entries of `dense` (shape of the weight) at `indices`, in the dtype of the values."""
-        return dense.reshape(-1).index_select(0, self.placed.to(dense.device)).to(self.values)
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Put round(base + values) into the weight."""
-        assert self.base is not None, f"the entries of {self.name} are not placed yet"
-        summed = (self.base.to(self.values.dtype) + self.values).to(self.weight.dtype)
-        self._flat().index_copy_(0, self.placed.long(), summed)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the replaced entries back, bit for bit. Nothing happens before `place`."""
-        if self.indices is not None and self.base is not None:
-            self._flat().index_copy_(0, self.indices.long(), self.base)
-
-    def _flat(self) -> Tensor:
-        return self.weight.detach().view(-1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +32,7 @@ class DeltaInfo:
     density: float
     base_model: str
     fingerprint: str
+    quantization: str = "none"
     format_version: int = FORMAT_VERSION
 
 
@@ -124,22 +69,29 @@ class SparseDelta:
         Raises:
             DeltaError: the model is not the one that the delta was trained on.
         """
-        parameters = dict(model.named_parameters())
-        self._check(parameters)
+        weights = base_weights(model)
+        self._check(weights)
         applied = []
         for name, (indices, values) in self.tensors.items():
-            entry = ActiveEntries(name, parameters[name], indices.numel())
+            entry = ActiveEntries(name, weights[name], indices.numel())
             entry.place(indices)
             entry.values.requires_grad_(False).copy_(values)
             entry.write_back()
             applied.append(entry)
+        LinearFunctions(model, [entry for entry in applied if isinstance(entry.weight, NF4Weight)])
         return applied
 
-    def _check(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        missing = [name for name in self.tensors if name not in parameters]
+    def _check(self, weights: Mapping[str, nn.Parameter | NF4Weight]) -> None:
+        missing = [name for name in self.tensors if name not in weights]
         if missing:
             raise DeltaError(f"This delta changes {missing[0]!r}, which the model does not have. {self._remedy()}")
-        found = fingerprint({name: parameters[name] for name in self.tensors})
+        quantised = any(isinstance(weights[name], NF4Weight) for name in self.tensors)
+        if quantised != (self.info.quantization == "nf4"):
+            raise DeltaError(
+                f"This delta was trained over a base with quantization={self.info.quantization}, and the model is "
+                f"loaded with quantization={'nf4' if quantised else 'none'}. Load the model the same way."
+            )
+        found = fingerprint({name: weights[name] for name in self.tensors})
         if found != self.info.fingerprint:
             raise DeltaError(
                 f"The weights of this model are not those the delta was trained on (fingerprint {found[:12]}, "
@@ -184,16 +136,19 @@ class SparseDelta:
             ) from None
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
+def fingerprint(weights: Mapping[str, nn.Parameter | NF4Weight]) -> str:
     """Return a hash of names, shapes and up to `FINGERPRINT_ENTRIES` evenly spaced entries of each weight.
 
-    The entries are rounded to bf16 first, so that a model is the same in fp32 and in bf16.
+    The entries are rounded to bf16 first, so that a model is the same in fp32 and in bf16; of an NF4 weight they are
+    packed bytes.
     """
     digest = hashlib.sha256()
-    for name in sorted(parameters):
-        weight = parameters[name].detach()
-        step = max(1, weight.numel() // FINGERPRINT_ENTRIES)
-        sample = weight.reshape(-1)[::step].to(torch.bfloat16).contiguous().cpu()
+    for name in sorted(weights):
+        weight = weights[name]
+        stored = weight.packed if isinstance(weight, NF4Weight) else weight.detach()
+        sample = stored.reshape(-1)[:: max(1, stored.numel() // FINGERPRINT_ENTRIES)]
+        if sample.is_floating_point():
+            sample = sample.to(torch.bfloat16)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,36 +9,31 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from engine.sparse.delta import ActiveEntries
-
-GradientSink = Callable[[ActiveEntries, Tensor], None]
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.linear import GradientSink
 
 
 class GradientHooks:
-    """Hooks on the weights of `entries`; every other parameter of the model is frozen until `remove`."""
+    """Hooks on the weights of `entries`, which require a gradient until `remove`."""
 
-    def __init__(self, model: nn.Module, entries: Iterable[ActiveEntries], sink: GradientSink) -> None:
-        """Freeze the model but for the targets and register one hook a target.
+    def __init__(self, entries: Iterable[ActiveEntries], sink: GradientSink) -> None:
+        """Register one hook a target.
 
         Args:
-            model: whose parameters' `requires_grad` is set, and put back by `remove`.
-            entries: the targets.
+            entries: the targets, dense.
             sink: called in the backward with the entries and the dense gradient, (shape of the weight) in the dtype
                 of the weight. The gradient is freed when the sink returns.
         """
-        self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.requires_grad_(False)
         self._handles = []
         for entry in entries:
+            assert isinstance(entry.weight, nn.Parameter), f"{entry.name} is not dense"
             entry.weight.requires_grad_(True)
             self._handles.append(entry.weight.register_post_accumulate_grad_hook(_hook(entry, sink)))
 
     def remove(self) -> None:
-        """Take the hooks away and give every parameter its `requires_grad` back."""
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
-        for parameter, required in self._required.items():
-            parameter.requires_grad_(required)
 
 
 def _hook(entry: ActiveEntries, sink: GradientSink) -> Callable[[Tensor], None]:

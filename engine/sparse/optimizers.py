@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import ADAM_BETAS, ADAM_EPS, SPIEL_ADAM_EPS, SparseAdamW
 from engine.sparse.sm3 import SM3, SM3_EPS
 from engine.spec import RunSpec

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import squared_norms_of_top
 
 TOP_FRACTION = 0.01  # Figure 3d: the top 1 percent

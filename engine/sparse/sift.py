@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import select_topk_indices
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 
 SM3_EPS = 1e-8
 

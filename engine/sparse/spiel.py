@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.selection import select_topk_indices
 from engine.sparse.sm3 import SM3, grow_by_momenta

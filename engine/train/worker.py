@@ -42,6 +42,7 @@ from engine.runs import (
     write_status,
 )
 from engine.sparse.attach import attach
+from engine.sparse.base_weight import base_weights
 from engine.sparse.optimizers import build_optimizer
 from engine.spec import RunSpec
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -196,7 +197,7 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
     tuning = attach(model, spec)
     journal.emit(
         ModelLoaded(
-            sum(parameter.numel() for parameter in model.parameters()),
+            sum(weight.numel() for weight in base_weights(model).values()),
             len(tuning.entries),
             tuning.target_numel,
             tuning.num_active,

@@ -7,7 +7,8 @@ from transformers import LlamaForCausalLM
 
 from engine.errors import DeltaError
 from engine.sparse.attach import attach
-from engine.sparse.delta import ActiveEntries, SparseDelta
+from engine.sparse.delta import SparseDelta
+from engine.sparse.entries import ActiveEntries
 from engine.spec import RunSpec
 
 

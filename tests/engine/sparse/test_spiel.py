@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.sparse.delta import ActiveEntries
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.sm3 import SM3, grow_by_momenta
 from engine.sparse.spiel import Schedule, choose_drop, replace_entries

@@ -1,0 +1,181 @@
+"""Chat: one question, two answers, of the base model and of the tuned one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from engine.runs import Run
+from engine.workers import Side
+from sparse_ui import cards
+from sparse_ui.context import AppContext
+from sparse_ui.messages import explain, guarded
+
+EXAMPLES = 4
+PLACEHOLDERS = {"Base": "Answers first, without the trained values.", "Tuned": "Answers the same question after it."}
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatTab:
+    """What the layout wires to other tabs. `refresh` fills `outputs` from a run's id, or None for the newest."""
+
+    tab: gr.Tab
+    run_id: gr.Dropdown
+    outputs: list[Any]
+    refresh: Any
+
+
+@dataclass(frozen=True)
+class _Widgets:
+    """What the tab is made of."""
+
+    base: gr.Chatbot
+    tuned: gr.Chatbot
+    box: gr.Textbox
+    send: gr.Button
+    said: gr.HTML
+    run_id: gr.Dropdown
+    tokens: gr.Slider
+    warmth: gr.Slider
+    examples: list[gr.Button]
+    halt: gr.Button
+    clear: gr.Button
+
+
+def build_chat_tab(context: AppContext) -> ChatTab:
+    """Build the tab."""
+    with gr.Tab("Chat", id="chat") as tab, gr.Row(elem_id="chat-grid", elem_classes="st-grid"):
+        widgets = _draw()
+    _wire(context, widgets)
+
+    @guarded("listing the results")
+    def refresh(chosen: str | None) -> list[Any]:
+        ids = [run.id for run in ready_runs(context)]
+        value = chosen if chosen in ids else next(iter(ids), None)
+        hint = "" if ids else cards.callout(["No run has a result yet. Train one first."], "note")
+        return [gr.update(choices=ids, value=value), *_example_updates(context, value), hint]
+
+    return ChatTab(tab, widgets.run_id, [widgets.run_id, *widgets.examples, widgets.said], refresh)
+
+
+def _draw() -> _Widgets:
+    with gr.Column(elem_classes="st-stack"):
+        with gr.Row(elem_id="chat-columns", elem_classes="st-grid"):
+            base, tuned = (_draw_side(name) for name in ("Base", "Tuned"))
+        with gr.Row(elem_id="chat-input"):
+            bare: dict[str, Any] = {"show_label": False, "container": False}
+            box = gr.Textbox(placeholder="Ask both models", max_lines=6, elem_id="chat-box", **bare)
+            send = gr.Button("Send", variant="primary", elem_id="chat-send")
+        said = gr.HTML(elem_id="chat-said", elem_classes="st-said")
+    with gr.Column(elem_classes="st-card"):
+        gr.HTML(cards.title("Result of"))
+        run_id = gr.Dropdown([], label="Run", show_label=False, elem_id="chat-run")
+        tokens = gr.Slider(8, 1024, value=128, step=8, label="Longest answer, tokens", elem_classes="st-mini")
+        warmth = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", elem_classes="st-mini")
+        gr.HTML(cards.title("Examples", "held-out questions"))
+        examples = [gr.Button(visible=False, size="sm", elem_classes="st-example") for _ in range(EXAMPLES)]
+        with gr.Row(elem_classes="st-bar"):
+            halt = gr.Button("Stop", variant="stop", size="md", elem_id="chat-stop")
+            clear = gr.Button("Clear", size="md", elem_id="chat-clear")
+    return _Widgets(base, tuned, box, send, said, run_id, tokens, warmth, examples, halt, clear)
+
+
+def _wire(context: AppContext, widgets: _Widgets) -> None:
+    base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
+
+    def answer(
+        run_id: str | None, text: str, limit: float, heat: float, left: Messages, right: Messages
+    ) -> Iterator[Any]:
+        yield from _answer(context, run_id, text, (int(limit), heat), left, right)
+
+    @guarded("changing the run")
+    def change_run(chosen: str | None) -> list[Any]:
+        context.chat.close_unless(chosen)
+        return [[], [], "", *_example_updates(context, chosen)]
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    asked = [run_id, widgets.box, widgets.tokens, widgets.warmth, base, tuned]
+    sent: dict[str, Any] = {"fn": answer, "inputs": asked, "outputs": [base, tuned, widgets.box, said], **quiet}
+    sent |= {"concurrency_id": "chat", "concurrency_limit": 1}
+    events = [gr.on([widgets.box.submit, widgets.send.click], **sent)]
+    for example in widgets.examples:
+        events.append(example.click(lambda words: words, example, widgets.box, **quiet).then(**sent))
+    widgets.halt.click(lambda: "", None, said, cancels=events, **quiet)
+    widgets.clear.click(lambda: ([], [], ""), None, [base, tuned, said], cancels=events, **quiet)
+    run_id.change(change_run, run_id, [base, tuned, said, *widgets.examples], cancels=events, **quiet)
+
+
+def ready_runs(context: AppContext) -> list[Run]:
+    """Return the runs that have a result to chat with, newest first."""
+    return [run for run in context.list_runs() if (run.delta_path / "delta.json").is_file()]
+
+
+def _draw_side(name: str) -> gr.Chatbot:
+    with gr.Column(elem_classes="st-card"):
+        gr.HTML(cards.title(name, "as it was" if name == "Base" else "with the trained values"))
+        return gr.Chatbot(
+            show_label=False,
+            container=False,
+            height=520,
+            buttons=[],
+            feedback_options=None,
+            elem_id=f"chat-{name.lower()}",
+            placeholder=PLACEHOLDERS[name],
+            layout="bubble",
+            allow_file_downloads=False,
+        )
+
+
+def _example_updates(context: AppContext, run_id: str | None) -> list[Any]:
+    run = context.find_run(run_id)
+    answered = context.reader.read(run).last_samples if run else None
+    samples = answered.samples if answered else ()
+    questions = list(dict.fromkeys(sample.question for sample in samples))[:EXAMPLES]
+    shown = [gr.update(value=question, visible=True) for question in questions]
+    return shown + [gr.update(visible=False)] * (EXAMPLES - len(shown))
+
+
+def _answer(
+    context: AppContext,
+    run_id: str | None,
+    text: str,
+    how: tuple[int, float],
+    left: Messages,
+    right: Messages,
+) -> Iterator[Any]:
+    run = context.find_run(run_id)
+    if run is None or not text.strip():
+        yield (
+            gr.skip(),
+            gr.skip(),
+            gr.skip(),
+            "" if run else cards.callout(["Choose a run with a result first."], "note"),
+        )
+        return
+    question = {"role": "user", "content": text.strip()}
+    sides: dict[Side, Messages] = {"base": [*left, question], "tuned": [*right, question]}
+    asked = {side: [_plain(message) for message in messages] for side, messages in sides.items()}
+    answers: dict[Side, str] = {"base": "", "tuned": ""}
+    doing = "The base answers first." if context.chat.holds(run) else "Loading the model. The base answers first."
+    yield sides["base"], sides["tuned"], "", f'<span class="soft">{doing}</span>'
+    try:
+        for chunk in context.chat.stream(run, asked, *how):
+            answers[chunk.side] = chunk.text
+            yield *(_with_answer(sides[side], answers[side]) for side in ("base", "tuned")), gr.skip(), gr.skip()
+        yield gr.skip(), gr.skip(), gr.skip(), ""
+    except Exception as error:
+        yield gr.skip(), gr.skip(), gr.skip(), cards.callout(explain(error, "the chat").sentences)
+
+
+def _with_answer(messages: Messages, answer: str) -> Messages:
+    return [*messages, {"role": "assistant", "content": answer}] if answer else messages
+
+
+def _plain(message: dict[str, Any]) -> dict[str, str]:
+    """Return a message as role and text; the widget may give its content as a list of parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return {"role": message["role"], "content": str(content)}

@@ -1,0 +1,268 @@
+"""Setup: what to tune on the left, what it will need on the right, recomputed at every change."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from engine import hardware, presets, runs, workers
+from engine.planner.plan import make_plan, require_fit
+from engine.planner.shape import require_weights
+from engine.runs import Run
+from engine.spec import RunSpec, about
+from engine.units import GIB
+from sparse_ui import cards, form
+from sparse_ui.context import AppContext
+from sparse_ui.messages import explain, guarded
+from sparse_ui.plan_view import REMEDY_ROWS, view_plan
+
+# Widgets of the accordions, by the group of their field. The Data tab shows the group `data`.
+_ACCORDIONS = (
+    ("Training, schedule and evaluation", ("method", "optimizer", "training", "evaluation", "run")),
+    ("Model, memory and device", ("model", "memory")),
+)
+_UPLOADS = [".json", ".jsonl", ".csv", ".parquet", ".txt"]
+_TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
+_TO_POWER = "(density) => density > 0 ? Math.max(-5, Math.min(0, Math.log10(density))) : -5"
+_SAME = "(value) => value"
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+
+
+@dataclass(frozen=True)
+class SetupTab:
+    """What the layout wires to other tabs. `started` holds the id of the run that the button started."""
+
+    tab: gr.Tab
+    dataset_facts: gr.HTML
+    started: gr.State
+
+
+@dataclass(frozen=True)
+class _Main:
+    """The left side, beside the widgets of the form."""
+
+    preset: gr.Dropdown
+    upload: gr.UploadButton
+    dataset_facts: gr.HTML
+    model_facts: gr.HTML
+    density_words: gr.HTML
+    budget_words: gr.HTML
+
+
+@dataclass(frozen=True)
+class _PlanCard:
+    """The right side. Each remedy is a row, its line and its button."""
+
+    body: gr.HTML
+    remedies: list[tuple[gr.Row, gr.HTML, gr.Button]]
+    changes: gr.State
+    start: gr.Button
+    fit: gr.Button
+    said: gr.HTML
+    fits: gr.HTML
+
+
+def build_setup_tab(context: AppContext, widgets: dict[str, Any], load: Callable[..., Any]) -> SetupTab:
+    """Build the tab.
+
+    Args:
+        context: of the app.
+        widgets: of the form, by name, not yet drawn.
+        load: of the Blocks, called with what to do when a page opens.
+    """
+    fields = [widgets[name] for name in form.WIDGETS]
+    with gr.Tab("Setup", id="setup") as tab, gr.Row(elem_id="setup-grid", elem_classes="st-grid"):
+        with gr.Column(elem_classes="st-card"):
+            main = _draw_main(widgets)
+            _draw_accordions(widgets)
+        card = _draw_plan()
+        started = gr.State(None)
+    _wire_form(context, main, widgets, load)
+    _wire_plan(str(context.settings.runs_root), main, card, fields)
+    answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
+    card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
+    return SetupTab(tab, main.dataset_facts, started)
+
+
+def _wire_form(context: AppContext, main: _Main, widgets: dict[str, Any], load: Callable[..., Any]) -> None:
+    fields = [widgets[name] for name in form.WIDGETS]
+
+    @guarded("loading the preset")
+    def fill(preset: str) -> list[Any]:
+        return form.fill_form(presets.load_preset(preset))
+
+    @guarded("opening the page")
+    def open_page() -> list[Any]:
+        return [context.settings.preset, *fill(context.settings.preset)]
+
+    @guarded("keeping the upload")
+    def keep(path: str) -> str:
+        return keep_upload(Path(path), context.settings.runs_root)
+
+    load(open_page, None, [main.preset, *fields], **QUIET)
+    main.preset.input(fill, main.preset, fields, **QUIET)
+    main.upload.upload(keep, main.upload, widgets["dataset"])
+    targets, patterns = widgets["targets"], widgets["target_patterns"]
+    targets.change(lambda choice: gr.update(visible=choice == form.PATTERNS), targets, patterns, **QUIET)
+
+
+def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any]) -> None:
+    shown: list[Any] = [card.body, card.changes, card.fits, main.model_facts, main.density_words, main.budget_words]
+    shown += [card.said, *(part for row, line, _ in card.remedies for part in (row, line))]
+
+    def show_plan(*values: Any) -> list[Any]:
+        view = view_plan(values, output)
+        updates: list[Any] = [view.card, [remedy.changes for remedy in view.remedies], view.fits]
+        updates.append(f"<span>{escape(view.model_facts)}</span>")
+        updates.append(cards.measure(about("density").label, view.density_words))
+        updates.append(cards.measure(about("budget_gib").label, view.budget_words))
+        updates.append("")  # what Start answered was about other values
+        for remedy in view.remedies:
+            updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
+        return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
+
+    gr.on([field.change for field in fields], show_plan, fields, shown, trigger_mode="always_last", **QUIET)
+    for number, (_, _, button) in enumerate(card.remedies):
+        button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
+    card.fit.click(_fit(output), fields, [card.said, *fields], **QUIET)
+
+
+def _draw_main(widgets: dict[str, Any]) -> _Main:
+    with gr.Row(elem_classes="st-headline"):
+        gr.HTML(f'<div class="st-headline-words">{cards.title("What to tune")}<span class="soft">Preset</span></div>')
+        preset = gr.Dropdown([*presets.list_presets()], label="Preset", show_label=False, elem_id="preset")
+    widgets["model"].render()
+    model_facts = gr.HTML(elem_classes="st-facts")
+    with gr.Row(elem_classes="st-with-button"):
+        widgets["dataset"].render()
+        upload = gr.UploadButton("Upload", file_types=_UPLOADS, size="md", elem_id="upload")
+    dataset_facts = gr.HTML(elem_classes="st-facts")
+    for name in ("method", "targets", "target_patterns"):
+        widgets[name].render()
+    density_words = _draw_density(widgets["density"])
+    budget_words = _draw_budget(widgets["budget_gib"])
+    with gr.Row(elem_classes="st-three"):
+        for name in ("sequence_length", "micro_batch_size", "gradient_accumulation"):
+            widgets[name].render()
+    return _Main(preset, upload, dataset_facts, model_facts, density_words, budget_words)
+
+
+def _draw_density(number: Any) -> gr.HTML:
+    with gr.Row(elem_classes="st-measure"):
+        words = gr.HTML(cards.measure(about("density").label, ""))
+        slider = gr.Slider(-5, 0, step=0.01, label="Density, power of ten", elem_classes="st-slide", show_label=False)
+        number.render()
+    slider.input(None, slider, number, js=_TO_DENSITY)
+    number.change(None, number, slider, js=_TO_POWER)
+    return words
+
+
+def _draw_budget(number: Any) -> gr.HTML:
+    total = max(0.5, round(hardware.resolve_device("auto").total_bytes / GIB, 2))
+    with gr.Row(elem_classes="st-measure"):
+        words = gr.HTML(cards.measure(about("budget_gib").label, ""))
+        slider = gr.Slider(0.25, total, value=total, step=0.25, label="GiB", elem_classes="st-slide", show_label=False)
+        number.render()
+    slider.input(None, slider, number, js=_SAME)
+    number.change(None, number, slider, js=f"(value) => value || {total}")
+    return words
+
+
+def _draw_accordions(widgets: dict[str, Any]) -> None:
+    for heading, groups in _ACCORDIONS:
+        names = [name for name in RunSpec.model_fields if name in widgets and about(name).group in groups]
+        with gr.Accordion(heading, open=False, elem_classes="st-more"), gr.Row(elem_classes="st-two"):
+            for name in names:
+                if name not in form.MAIN:
+                    widgets[name].render()
+
+
+def _draw_plan() -> _PlanCard:
+    remedies = []
+    with gr.Column(elem_classes="st-stack"):
+        with gr.Column(elem_classes="st-card", elem_id="plan-card"):
+            body = gr.HTML(elem_id="plan")
+            for number in range(REMEDY_ROWS):
+                with gr.Row(elem_classes="st-remedy", visible=False) as row:
+                    line = gr.HTML()
+                    button = gr.Button("Apply", size="sm", elem_id=f"remedy-{number + 1}")
+                remedies.append((row, line, button))
+            with gr.Row(elem_classes="st-bar"):
+                start = gr.Button("Start training", variant="primary", elem_id="start")
+                fit = gr.Button("Fit to the budget", elem_id="fit")
+            said = gr.HTML(elem_id="start-said", elem_classes="st-said")
+        with gr.Column(elem_classes="st-card", elem_id="fits-card"):
+            fits = gr.HTML()
+    return _PlanCard(body, remedies, gr.State([]), start, fit, said, fits)
+
+
+def _changed(values: Sequence[Any], spec: RunSpec) -> list[Any]:
+    """Return updates that bring the form to `spec`, leaving alone what says so already."""
+    return [new if new != old else gr.skip() for old, new in zip(values, form.fill_form(spec), strict=True)]
+
+
+def _apply(number: int, output: str) -> Callable[..., list[Any]]:
+    def apply(changes: list[dict[str, Any]], *values: Any) -> list[Any]:
+        if number >= len(changes):
+            return [gr.skip()] * len(values)
+        return _changed(values, form.read_form(values, output).model_copy(update=changes[number]))
+
+    return apply
+
+
+def _fit(output: str) -> Callable[..., list[Any]]:
+    """Return a handler that applies the first remedy again and again until the plan fits."""
+
+    def fit(*values: Any) -> list[Any]:
+        try:
+            spec = form.read_form(values, output)
+            plan = make_plan(spec)
+            while plan.verdict == "does not fit" and plan.remedies:
+                spec = spec.model_copy(update=plan.remedies[0].changes)
+                plan = make_plan(spec)
+            require_fit(plan)
+        except Exception as error:
+            return [cards.callout(explain(error, "fitting the run").sentences), *[gr.skip()] * len(values)]
+        return ["", *_changed(values, spec)]
+
+    return fit
+
+
+def start_run(spec: RunSpec) -> Run:
+    """Create the run that `spec` asks for and start its worker.
+
+    Raises:
+        EngineError: the spec does not fit, the model has no weights, or the worker does not start.
+    """
+    plan = make_plan(spec)
+    require_fit(plan)
+    require_weights(spec.model)
+    run = runs.create_run(spec, plan.to_dict())
+    workers.start_worker(run)
+    return run
+
+
+def _start(output: str) -> Callable[..., tuple[str, Any]]:
+    def start(*values: Any) -> tuple[str, Any]:
+        try:
+            return "", start_run(form.read_form(values, output)).id
+        except Exception as error:
+            return cards.callout(explain(error, "starting the run").sentences), gr.skip()
+
+    return start
+
+
+def keep_upload(source: Path, root: Path) -> str:
+    """Copy an uploaded file to a place that lasts, beside the runs, and return it."""
+    folder = root / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        target = folder / (source.name if number == 1 else f"{source.stem}-{number}{source.suffix}")
+        if not target.exists():
+            break
+    shutil.copyfile(source, target)
+    return str(target)

@@ -1,0 +1,135 @@
+"""What the tabs show, as plain functions over a run folder or the values of the form."""
+
+import time
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from engine import runs
+from engine.events import Evaluated, EventWriter, Sample, Stepped
+from engine.runs import Run, RunStatus
+from engine.spec import RunSpec
+from sparse_ui.context import AppContext, Settings
+from sparse_ui.form import WIDGETS, fill_form
+from sparse_ui.header import header_html, status_words
+from sparse_ui.history import HistoryReader
+from sparse_ui.plan_view import view_plan
+from sparse_ui.runs_view import details, runs_table
+from sparse_ui.tabs.data import view_data
+from sparse_ui.tabs.setup import keep_upload
+from sparse_ui.tabs.train import build_train_tab
+from sparse_ui.train_view import peak_words, pieces_of
+
+SPEC = RunSpec(model="demo", dataset="demo/pirate", sequence_length=64)
+
+
+def _step(step: int) -> Stepped:
+    return Stepped(step, 4, 1.0, 1e-4, 0.5, 900.0, 2 << 20, 3 << 20, 1.0, 9.0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = runs.create_run(SPEC.model_copy(update={"output": str(tmp_path)}), {"peak_bytes": 4 << 20})
+    writer = EventWriter(made.events_path)
+    for event in (Evaluated(0, 2.0, 0.0, (Sample("Where?", "Here.", "There."),)), _step(1), _step(2)):
+        writer.write(event)
+    writer.close()
+    runs.write_status(made, RunStatus("running", step=2, total_steps=4, remaining_s=90))
+    return made
+
+
+def test_a_step_changes_loss_and_memory_but_not_the_probes(run: Run) -> None:
+    reader = HistoryReader()
+    before = {piece.name: piece.version for piece in pieces_of(run, reader.read(run))}
+    writer = EventWriter(run.events_path)
+    writer.write(_step(3))
+    writer.close()
+    after = {piece.name: piece.version for piece in pieces_of(run, reader.read(run))}
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"loss", "memory"} <= changed
+    assert not changed & {"coverage", "gradient", "samples", "said"}
+
+
+def test_a_tick_without_news_sends_nothing(run: Run) -> None:
+    with gr.Blocks(analytics_enabled=False), gr.Tabs():
+        tab = build_train_tab(AppContext(Settings(run.path.parent)))
+    page = tab.show(None, {})[-1]
+    assert tab.show(run.id, page) == [gr.skip()] * len(tab.outputs)
+
+
+def test_a_page_that_opens_finds_the_run(run: Run) -> None:
+    with gr.Blocks(analytics_enabled=False), gr.Tabs():
+        tab = build_train_tab(AppContext(Settings(run.path.parent)))
+    shown = tab.show(None, {})
+    assert "step 2 of 4" in shown[0]
+    assert shown[tab.outputs.index(tab.run_id)]["value"] == run.id
+
+
+def test_header_names_state_step_and_time_left(run: Run) -> None:
+    assert "Training · step 2 of 4 · 1 min 30 s left" in header_html(AppContext(Settings(run.path.parent)))
+
+
+def test_every_state_has_words() -> None:
+    for state in ("queued", "preparing", "running", "stopping", "finished", "stopped", "failed"):
+        assert status_words(RunStatus(state, step=1, total_steps=2)).lower()[:4] in (state[:4], "trai")
+
+
+def test_a_damaged_run_keeps_its_row(run: Run) -> None:
+    (run.path / "spec.yaml").write_text("density: [")
+    assert "unreadable" in runs_table(HistoryReader(), [run], [run.id])
+
+
+def test_a_failed_run_says_why(run: Run) -> None:
+    run.log_path.write_text("last words\n")
+    runs.write_status(run, RunStatus("failed", detail="The loss is not a number."))
+    text = details(HistoryReader(), run)
+    assert "The loss is not a number." in text
+    assert "last words" in text
+
+
+def test_peak_stands_against_the_plan_in_one_unit() -> None:
+    assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 of 4.0 MiB"
+    assert peak_words(None, {}) == "–"
+
+
+def test_plan_card_shows_the_plan_quickly() -> None:
+    values = fill_form(SPEC)
+    first = view_plan(values, "runs")
+    started = time.perf_counter()
+    view_plan(values, "runs")
+    assert time.perf_counter() - started < 0.2  # about 0.01 s on an idle core
+    assert "fits" in first.card
+    assert "values" in first.density_words
+
+
+def test_plan_card_shows_every_problem() -> None:
+    wrong = {"density": 5, "epochs": -1}
+    values = [wrong.get(name, value) for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)]
+    card = view_plan(values, "runs").card
+    assert "For 5 percent write 0.05" in card
+    assert "epochs must be" in card
+
+
+def test_data_shows_rows_though_another_field_is_wrong() -> None:
+    values = [5 if name == "density" else value for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)]
+    summary, rows, facts = view_data(values, "runs")
+    assert "demo/pirate" in summary
+    assert "user" in rows
+    assert "rows" in facts
+
+
+def test_data_says_what_is_wrong(tmp_path: Path) -> None:
+    missing = tmp_path / "none.jsonl"
+    summary, rows, _ = view_data(fill_form(SPEC.model_copy(update={"dataset": str(missing)})), "runs")
+    assert str(missing) in summary
+    assert rows == ""
+
+
+def test_an_upload_never_replaces_an_earlier_one(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("one")
+    first = keep_upload(source, tmp_path / "runs")
+    source.write_text("two")
+    second = keep_upload(source, tmp_path / "runs")
+    assert [Path(kept).read_text() for kept in (first, second)] == ["one", "two"]
