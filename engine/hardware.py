@@ -57,6 +57,11 @@ def _read_gpu(index: int) -> Gpu:
     return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), temperature)
 
 
+def main_memory_bytes() -> int:
+    """Return the size of this computer's main memory."""
+    return int(psutil.virtual_memory().total)
+
+
 def resolve_device(name: str) -> Device:
     """Return the device that a spec's `device` means on this computer.
 

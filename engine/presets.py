@@ -19,6 +19,12 @@ def bundled_datasets() -> dict[str, Path]:
     return {f"demo/{path.parent.name}": path.parent for path in sorted((PRESETS / "demo").glob("*/train.jsonl"))}
 
 
+def known_config(model: str) -> Path | None:
+    """Return the sizes of a Hub model that the presets name, a config.json, or None."""
+    path = PRESETS / "configs" / f"{model.replace('/', '--')}.json"
+    return path if path.is_file() else None
+
+
 def list_presets() -> dict[str, Path]:
     """Return the presets: name to YAML file."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}

@@ -186,7 +186,7 @@ class RunSpec(BaseModel):
         About("optimizer", "Warm-up", "Share of the steps in which the learning rate rises.", remedy="Try 0.03."),
     ] = 0.03
     weight_decay: Annotated[
-        float, Field(ge=0, le=1), About("optimizer", "Weight decay", "Pulls the change from the base towards zero.")
+        float, Field(ge=0, le=1000), About("optimizer", "Weight decay", "Pulls the change from the base towards zero.")
     ] = 0.0
     max_grad_norm: Annotated[
         float | None,

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.planner.plan import make_plan
-from engine.presets import list_presets, load_preset
 from engine.spec import RunSpec
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -28,8 +26,3 @@ def test_readme_names_no_file_that_is_not_there() -> None:
 @pytest.mark.parametrize("ending", [r"python app\.py --demo", "python -m pytest"])
 def test_readme_has_the_quick_start_lines(ending: str) -> None:
     assert re.search(rf"^[^#\n]*pip install .*{ending} *$", README, re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", list(list_presets()))
-def test_every_preset_plans(name: str) -> None:
-    assert make_plan(load_preset(name)).peak_bytes > 0

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from engine.errors import HubUnreachableError, ModelError
-from engine.hub import require_hub
+from engine.hub import hub_online, require_hub
 from engine.planner.headers import INDEX_NAME, SINGLE_NAME, Shape, commonest_dtype, in_order, read_headers, shard_names
+from engine.presets import known_config
 
 
 def config_path(model: str, revision: str | None) -> Path:
     """Return the local path of the model's config.json, downloaded if it is not in the cache.
+
+    Without the Hub the models of the presets are planned from the sizes that come with the project.
 
     Raises:
         ModelError: the Hub has no such model, or does not show it to you.
@@ -17,6 +20,9 @@ def config_path(model: str, revision: str | None) -> Path:
     cached = _cached(model, "config.json", revision)
     if cached is not None:
         return cached
+    known = known_config(model)
+    if known is not None and not hub_online():
+        return known
     require_hub(f"model {model!r}")
     # Imported where needed: it costs a quarter of a second.
     from huggingface_hub import hf_hub_download

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from engine.errors import BudgetError
-from engine.hardware import resolve_device
+from engine.hardware import main_memory_bytes, resolve_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
 from engine.planner.shape import read_shape
@@ -46,11 +46,17 @@ def make_plan(spec: RunSpec, *, with_remedies: bool = True) -> Plan:
 
 
 def require_fit(plan: Plan) -> None:
-    """Do nothing where the peak is within the budget, be it tight.
+    """Do nothing where the peak is within the budget, be it tight, and main memory holds what a GPU run needs of it.
 
     Raises:
         BudgetError: it is not; the sentence names the remedies.
     """
+    if plan.host_bytes > main_memory_bytes():
+        raise BudgetError(
+            f"Choosing entries over several micro-batches needs about {format_bytes(plan.host_bytes)} of main memory "
+            f"and this computer has {format_bytes(main_memory_bytes())}. Set selection_micro_steps=1, or for spiel-ag "
+            "gradient_accumulation=1."
+        )
     if plan.verdict == "does not fit":
         raise BudgetError(fit_sentence(plan))
 

@@ -61,8 +61,9 @@ class Workload:
 
     @property
     def selection_micro_steps(self) -> int:
-        """Micro-batches whose gradient chooses the entries."""
-        return self.spec.selection_micro_steps or self.spec.gradient_accumulation
+        """Micro-batches whose gradient chooses the entries; SpIEL-AG's candidates come from a whole step."""
+        chosen = None if self.spec.method == "spiel-ag" else self.spec.selection_micro_steps
+        return chosen or self.spec.gradient_accumulation
 
     @property
     def trains_head(self) -> bool:
