@@ -19,7 +19,6 @@ from sparse_ui.context import AppContext, Settings
 from sparse_ui.layout import build_app
 from sparse_ui.messages import explain
 from sparse_ui.server import Door, first_free_port, is_loopback, launch_arguments
-from sparse_ui.tabs.setup import start_run
 
 POLL_S = 0.5
 
@@ -67,7 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run_demo(root: Path) -> None:
     """Start the demo run, wait for its end, and say in a line how it went."""
     try:
-        run = start_run(presets.load_preset("demo").model_copy(update={"output": str(root)}))
+        run = workers.start_run(presets.load_preset("demo").model_copy(update={"output": str(root)}))
     except EngineError as error:
         print(f"The demo did not start: {explain(error, 'starting the demo').text}", flush=True)
         return

@@ -5,27 +5,16 @@ Held-out exact match and loss after the demo's steps, each run in a worker of it
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
 
-from engine import runs, workers
-from engine.presets import find_spec_file
-from engine.spec_io import apply_overrides, load_values, parse_spec
+from benchmarks.runner import run_spec
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05)
 METHODS = ("sift", "random")
 
 
-def measure(method: str, density: float, folder: Path, overrides: list[str]) -> dict[str, float | str | None]:
+def measure(method: str, density: float, overrides: list[str]) -> dict[str, float | str | None]:
     """Train the demo once and return its held-out figures."""
-    values = apply_overrides(load_values(find_spec_file("demo")), overrides)
-    values.update(method=method, density=density, output=str(folder), evaluation_interval=0, checkpoint_interval=0)
-    run = runs.create_run(parse_spec(values))
-    workers.start_worker(run)
-    status = workers.wait_for_end(run)
-    if status.state != "finished":
-        raise RuntimeError(f"{method} at {density}: {status.detail}")
-    report = runs.read_report(run)
+    report = run_spec({"method": method, "density": density, "probe_interval": 0}, overrides)
     return {
         "method": method,
         "density": density,
@@ -45,18 +34,17 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for density in DENSITIES:
-            for method in METHODS:
-                row = measure(method, density, Path(folder), options.set)
-                rows.append(row)
-                if not options.json:
-                    print(
-                        f"{row['method']:<8}{100 * density:>6g} %  {row['num_active']:>9,} values   exact match "
-                        f"{row['exact_match_base']:.2f} -> {row['exact_match']:.2f}   held-out loss "
-                        f"{row['evaluation_loss']:.4f}   {row['train_seconds']:.0f} s",
-                        flush=True,
-                    )
+    for density in DENSITIES:
+        for method in METHODS:
+            row = measure(method, density, options.set)
+            rows.append(row)
+            if not options.json:
+                print(
+                    f"{method:<8}{100 * density:>6g} %  {row['num_active']:>9,} values   exact match "
+                    f"{row['exact_match_base']:.2f} -> {row['exact_match']:.2f}   held-out loss "
+                    f"{row['evaluation_loss']:.4f}   {row['train_seconds']:.0f} s",
+                    flush=True,
+                )
     if options.json:
         print(json.dumps(rows))
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from engine import runs, workers
 from engine.errors import EngineError
-from engine.planner.plan import Plan, make_plan, plan_table, require_fit
-from engine.planner.shape import require_weights
+from engine.planner.plan import Plan, make_plan, plan_table
 from engine.presets import find_spec_file
 from engine.progress import chat_in_terminal, follow, print_runs
 from engine.spec import RunSpec, about
@@ -58,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("run", nargs="?", help="id or folder of a run; default: the newest that has a result")
     stop = add("stop", _stop, "Ask a run to stop after the step it is in, and to save.")
     stop.add_argument("run", help="id or folder of a run")
-    for sub in (listed, chat, stop, train):
+    export = add("export", _export, "Write the result of a run as files that other tools load.")
+    export.add_argument("run", help="id or folder of a run")
+    export.add_argument("folder", type=Path, help="new or empty folder to write into")
+    export.add_argument("--as", dest="kind", choices=("merged", "peft"), default="merged", help="default: merged")
+    for sub in (listed, chat, stop, train, export):
         sub.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
     add("fields", _fields, "List the fields of a spec with unit, default and meaning.")
     for name in ("worker", "chat-worker"):
@@ -77,15 +80,14 @@ def _spec_of(options: argparse.Namespace) -> RunSpec:
 
 def _train(options: argparse.Namespace) -> int:
     if options.resume:
+        if options.spec or options.set:
+            raise EngineError("A resumed run keeps its spec: leave the spec and --set away, or start a new run.")
         run = runs.open_run(options.resume, options.runs)
+        runs.reconcile(run.path.parent)
+        seen = run.events_path.stat().st_size if run.events_path.exists() else 0
+        workers.start_worker(run)
     else:
-        spec = _spec_of(options)
-        plan = make_plan(spec)
-        require_fit(plan)
-        require_weights(spec.model, spec.model_revision)
-        run = runs.create_run(spec, plan.to_dict())
-    seen = run.events_path.stat().st_size if run.events_path.exists() else 0
-    workers.start_worker(run)
+        run, seen = workers.start_run(_spec_of(options)), 0
     if options.detach:
         print(run.path, flush=True)
         return 0
@@ -126,6 +128,7 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    runs.reconcile(options.runs)
     if options.run:
         run = runs.open_run(options.run, options.runs)
     else:
@@ -138,10 +141,19 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _stop(options: argparse.Namespace) -> int:
     run = runs.open_run(options.run, options.runs)
+    runs.reconcile(run.path.parent)
     if not runs.has_worker(run):
         raise EngineError(f"Run {run.id} is not at work: it is {runs.read_status(run).state}.")
     runs.send_request(run, "stop")
     print(f"{run.id} was {workers.wait_for_end(run).state}.", flush=True)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    run = runs.open_run(options.run, options.runs)
+    done = import_module("engine.export").export(run, options.folder, options.kind)
+    figures = "".join(f", {name.replace('_', ' ')} {figure:.3g}" for name, figure in done.figures.items())
+    print(f"{options.kind} ({done.dtype}): {format_bytes(done.num_bytes)} in {done.folder}{figures}", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Chat with the base and the tuned model of a run: one copy of the weights, the delta put in and taken out.
+"""Chat with the base and the tuned model of a run: one copy of the weights, the result put in and taken out.
 
 `main` is the chat worker: it reads a JSON request a line and answers with JSON lines; see `workers.ChatProcess`.
 """
@@ -19,7 +19,7 @@ from engine.evaluate import padding_id
 from engine.hardware import resolve_device
 from engine.models import load_model, load_tokenizer
 from engine.runs import Run, has_worker, read_spec
-from engine.sparse.delta import SparseDelta
+from engine.train.results import apply_result
 
 SIDES = ("base", "tuned")
 
@@ -50,22 +50,22 @@ class _Cancelled(StoppingCriteria):
 
 
 class ChatModel:
-    """The model of a run with its delta; answers as the base or as the tuned model."""
+    """The model of a run with its result; answers as the base or as the tuned model."""
 
     def __init__(self, run: Run) -> None:
-        """Load the base model and apply the delta.
+        """Load the base model and apply the result.
 
         A GPU on which a run is at work is left to it: chat then uses the CPU.
 
         Raises:
-            EngineError: the model or the delta cannot be loaded.
+            EngineError: the model or the result cannot be loaded.
         """
         self._spec = read_spec(run)
         device = resolve_device(self._spec.device)
         busy = not device.is_cpu and any(has_worker(Run(path.parent)) for path in run.path.parent.glob("*/spec.yaml"))
         self._tokenizer = load_tokenizer(self._spec)
         self._model = load_model(self._spec, torch.device("cpu" if busy else device.name))
-        self._entries = SparseDelta.load(run.delta_path).apply(self._model)
+        self._result = apply_result(self._model, run.delta_path)
         self._applied = True
 
     def answer(
@@ -90,6 +90,12 @@ class ChatModel:
         """
         self._switch(applied=side == "tuned")
         prompt = encode_prompt(messages, self._tokenizer, self._spec.template)
+        context = getattr(self._model.config, "max_position_embeddings", None)
+        if context is not None and len(prompt) >= context:
+            raise EngineError(
+                f"This chat is {len(prompt):,} tokens long and the model reads {context:,}. "
+                "Clear it, or ask less at once."
+            )
         ids = torch.tensor([prompt], device=self._model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -107,11 +113,7 @@ class ChatModel:
 
     def _switch(self, *, applied: bool) -> None:
         if applied != self._applied:
-            for entry in self._entries:
-                if applied:
-                    entry.write_back()
-                else:
-                    entry.restore()
+            self._result(applied)
             self._applied = applied
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelError
 from engine.hub import hub_online, require_hub
 from engine.planner.shape import require_weights, resolve_model
-from engine.sparse.base_weight import nf4_config
+from engine.sparse.base_weight import keep_packing, nf4_config
 from engine.spec import RunSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +43,7 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         use_safetensors=True,
         **(quantised if spec.quantization == "nf4" else {}),
     )
+    keep_packing(model)
     placed: PreTrainedModel = (model if spec.quantization == "nf4" else model.to(device)).eval()
     return placed
 
@@ -67,9 +69,13 @@ def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
         return loader.from_pretrained(
             source, revision=spec.model_revision or "main", local_files_only=not online, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if not local and not online:
             require_hub(f"model {spec.model!r}")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "tokenizer" if loader is AutoTokenizer else "model"
-        raise ModelError(f"The {what} of {spec.model!r} cannot be loaded: {first}") from error
+        if loader is AutoTokenizer:
+            raise ModelError(
+                f"Model {spec.model!r} has no tokenizer that can be loaded. Put its tokenizer.json and "
+                "tokenizer_config.json into the folder."
+            ) from error
+        raise ModelError(f"The weights of {spec.model!r} cannot be loaded: {first}") from error

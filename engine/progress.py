@@ -14,6 +14,7 @@ from engine.runs import Run, RunStatus
 from engine.units import format_bytes, format_count, format_duration, format_percent
 
 POLL_S = 0.3
+WIDE = 200  # columns of a table that goes into a file or a pipe
 
 
 def follow(run: Run, since: int = 0) -> RunStatus:
@@ -100,12 +101,11 @@ def _print_result(run: Run, status: RunStatus, console: Console) -> None:
     if not report:
         console.print(f"The run was {status.state}.")
         return
-    loss = report["evaluation_loss"]
-    parts = [f"{status.state.capitalize()} after {report['steps']} steps, {format_duration(report['train_seconds'])}"]
-    if loss["base"] is not None and loss["tuned"] is not None:
-        parts.append(f"held-out loss {loss['base']:.4f} -> {loss['tuned']:.4f}")
-    if report["exact_match"]["tuned"] is not None:
-        parts.append(f"exact match {report['exact_match']['base']:.2f} -> {report['exact_match']['tuned']:.2f}")
+    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'}"
+    parts = [f"{status.state.capitalize()} after {steps}, {format_duration(report['train_seconds'])}"]
+    for name, words, digits in (("evaluation_loss", "held-out loss", 4), ("exact_match", "exact match", 2)):
+        if figures := _arrow(report[name], digits):
+            parts.append(f"{words} {figures}")
     peak, planned = format_bytes(report["peak_bytes"]), format_bytes(report["planned_peak_bytes"])
     parts.append(f"peak {peak} (planned {planned})")
     console.print("; ".join(parts) + ".", soft_wrap=True)
@@ -114,7 +114,8 @@ def _print_result(run: Run, status: RunStatus, console: Console) -> None:
 def print_runs(found: list[Run]) -> None:
     """Print the runs as a table."""
     table = Table(box=None)
-    for heading in ("run", "state", "steps", "held-out loss", "exact match", "peak"):
+    table.add_column("run", no_wrap=True, min_width=max((len(run.id) for run in found), default=0))
+    for heading in ("state", "steps", "held-out loss", "exact match", "peak"):
         table.add_column(heading)
     for run in found:
         status, report = runs.read_status(run), runs.read_report(run)
@@ -126,7 +127,10 @@ def print_runs(found: list[Run]) -> None:
             _arrow(report.get("exact_match"), 2),
             format_bytes(report["peak_bytes"]) if report else "",
         )
-    Console(highlight=False).print(table if found else "No runs yet.")
+    console = Console(highlight=False)
+    if not console.is_terminal:  # in a pipe nothing needs to fit
+        console.width = WIDE
+    console.print(table if found else "No runs yet.")
 
 
 def _arrow(pair: dict[str, float | None] | None, digits: int) -> str:
@@ -163,7 +167,12 @@ def _answers(
         for chunk in chat.stream(history):
             if chunk.side not in answers:
                 console.print(f"[dim]{chunk.side:>5}>[/dim] ", end="")
-            console.print(chunk.text[len(answers.get(chunk.side, "")) :], end="\n" if chunk.done else "", markup=False)
+            console.print(
+                chunk.text[len(answers.get(chunk.side, "")) :],
+                end="\n" if chunk.done else "",
+                markup=False,
+                soft_wrap=True,
+            )
             answers[chunk.side] = chunk.text
     except EngineError as error:
         if not chat.alive or not answers:

@@ -7,6 +7,7 @@ checkpoints/   <step>/ to go on from    delta/        the result
 report.json    the figures at the end   lock          held by the worker as its sign of life
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -229,13 +230,17 @@ def run_lock(run: Run) -> filelock.FileLock:
 
 
 def has_worker(run: Run) -> bool:
-    """Return whether a process holds the run's lock."""
-    lock = run_lock(run)
+    """Return whether a process holds the run's lock.
+
+    The look takes a shared lock, so that many may look at once without taking each other for a worker.
+    """
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+        with run.lock_path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
-    lock.release()
     return False
 
 

@@ -10,13 +10,32 @@ from typing import Annotated, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 
 Group = Literal["model", "data", "method", "optimizer", "memory", "training", "evaluation", "run"]
-Method = Literal["sift", "random", "magnitude", "fisher", "spiel-ag", "spiel-ma"]
+Method = Literal["sift", "random", "magnitude", "fisher", "spiel-ag", "spiel-ma", "lora", "ia3", "full"]
+METHODS: dict[Method, str] = {
+    "sift": "trains the entries with the largest first gradients. Start here.",
+    "random": "trains as many entries drawn at random: the papers' control.",
+    "magnitude": "trains the entries of largest or smallest |weight|; needs no data to choose.",
+    "fisher": "trains the entries with the largest sums of squared gradients.",
+    "spiel-ag": "drops and grows entries while training, by their mean gradients.",
+    "spiel-ma": "drops and grows entries by SM3's accumulators: the least memory.",
+    "lora": "small low-rank matrices beside the linear layers, to compare with.",
+    "ia3": "a learned scale for keys, values and the MLP, to compare with.",
+    "full": "trains every entry of the targets, to compare with.",
+}
+SPIEL_METHODS: tuple[Method, ...] = ("spiel-ag", "spiel-ma")
+BASELINES: tuple[Method, ...] = ("lora", "ia3", "full")  # not sparse: what a person compares with
 Role = Literal["instruction", "input", "output", "system", "messages", "text"]
+
+_DENSITY = "Trained share of the entries of each target weight, for the sparse methods; lora, ia3 and full have none."
 
 
 @dataclass(frozen=True)
 class About:
-    """What a person is told of a field. `rule` completes "must be ..." where the type does not say it well."""
+    """What a person is told of a field.
+
+    `rule` completes "must be ..." where the type does not say it well; `methods` are those that read the field, where
+    not all do.
+    """
 
     group: Group
     label: str
@@ -24,6 +43,7 @@ class About:
     unit: str = ""
     rule: str = ""
     remedy: str = ""
+    methods: tuple[str, ...] = ()
 
 
 class RunSpec(BaseModel):
@@ -108,18 +128,19 @@ class RunSpec(BaseModel):
         About(
             "method",
             "Method",
-            "sift: the entries with the largest first gradients. random: drawn at random. magnitude: by |weight|. "
-            "fisher: the largest sums of squared gradients. spiel-ag, spiel-ma: dropped and grown while training, by "
-            "mean gradients or by SM3's accumulators.",
+            " ".join(f"{name}: {words}" for name, words in METHODS.items()),
         ),
     ] = "sift"
-    density: Annotated[
-        float, Field(gt=0, le=1), About("method", "Density", "Trained share of the entries of each target weight.")
-    ] = 0.01
+    density: Annotated[float, Field(gt=0, le=1), About("method", "Density", _DENSITY)] = 0.01
     num_trainable: Annotated[
         int | None,
         Field(ge=1),
-        About("method", "Trained entries", "Instead of density: entries over all targets together.", "entries"),
+        About(
+            "method",
+            "Trained entries",
+            "Instead of density: entries over all targets together; sparse methods only.",
+            "entries",
+        ),
     ] = None
     targets: Annotated[
         Literal["attention", "linear", "all"] | tuple[str, ...],
@@ -127,7 +148,8 @@ class RunSpec(BaseModel):
             "method",
             "Trained weights",
             "attention: q, k, v, o; linear: all linear layers of the blocks; all: every parameter; or a list of "
-            "patterns, each a part of a parameter's name (q_proj) or a glob (model.layers.1?.*).",
+            "patterns, each a part of a parameter's name (q_proj) or a glob (model.layers.1?.*). lora and ia3 take the "
+            "linear layers of the blocks among them; of a word, ia3 takes keys, values and the MLP's last layer.",
             rule="attention, linear, all or a list of patterns",
         ),
     ] = "linear"
@@ -140,14 +162,24 @@ class RunSpec(BaseModel):
             "Of sift and fisher: micro-batches whose gradient chooses the entries. Empty: those of the first optimizer "
             "step.",
             "micro-batches",
+            methods=("sift", "fisher"),
         ),
     ] = None
     magnitude: Annotated[
         Literal["largest", "smallest"],
-        About("method", "By magnitude", "Of magnitude: train the entries of largest or smallest |weight|."),
+        About(
+            "method",
+            "By magnitude",
+            "Of magnitude: train the entries of largest or smallest |weight|.",
+            methods=("magnitude",),
+        ),
     ] = "largest"
     period: Annotated[
-        int, Field(ge=1), About("method", "Period", "Of SpIEL: steps between reselections (the paper's S).", "steps")
+        int,
+        Field(ge=1),
+        About(
+            "method", "Period", "Of SpIEL: steps between reselections (the paper's S).", "steps", methods=SPIEL_METHODS
+        ),
     ] = 20
     estimation_steps: Annotated[
         int,
@@ -157,17 +189,39 @@ class RunSpec(BaseModel):
             "Estimation steps",
             "Of SpIEL: steps before a reselection in which the gradient is averaged (the paper's gamma).",
             "steps",
+            methods=SPIEL_METHODS,
         ),
     ] = 5
     initial_rate: Annotated[
         float,
         Field(ge=0, le=1),
-        About("method", "Initial rate", "Of SpIEL: share of the entries replaced at first (the paper's xi)."),
+        About(
+            "method",
+            "Initial rate",
+            "Of SpIEL: share of the entries replaced at first (the paper's xi).",
+            methods=SPIEL_METHODS,
+        ),
     ] = 0.2
     schedule: Annotated[
         Literal["linear", "cosine"],
-        About("method", "Replacement schedule", "Of SpIEL: how the replaced share falls to zero."),
+        About(
+            "method",
+            "Replacement schedule",
+            "Of SpIEL: how the replaced share falls to zero.",
+            methods=SPIEL_METHODS,
+        ),
     ] = "linear"
+
+    lora_rank: Annotated[
+        int,
+        Field(ge=1, le=4096),
+        About("method", "LoRA rank", "Of lora: width of the two matrices beside each layer.", methods=("lora",)),
+    ] = 16
+    lora_alpha: Annotated[
+        int,
+        Field(ge=1, le=65536),
+        About("method", "LoRA alpha", "Of lora: their product is scaled by lora_alpha / lora_rank.", methods=("lora",)),
+    ] = 32
 
     optimizer: Annotated[
         Literal["auto", "adamw", "sm3", "sgd"],
@@ -186,7 +240,13 @@ class RunSpec(BaseModel):
         About("optimizer", "Warm-up", "Share of the steps in which the learning rate rises.", remedy="Try 0.03."),
     ] = 0.03
     weight_decay: Annotated[
-        float, Field(ge=0, le=1000), About("optimizer", "Weight decay", "Pulls the change from the base towards zero.")
+        float,
+        Field(ge=0, le=1000),
+        About(
+            "optimizer",
+            "Weight decay",
+            "Pulls the change from the base towards zero; of full and ia3, the trained numbers themselves.",
+        ),
     ] = 0.0
     max_grad_norm: Annotated[
         float | None,
@@ -257,7 +317,12 @@ class RunSpec(BaseModel):
     probe_interval: Annotated[
         int,
         Field(ge=0),
-        About("evaluation", "Probe every", "How often the sparsity of the gradient is measured. 0: never.", "steps"),
+        About(
+            "evaluation",
+            "Probe every",
+            "How often the sparsity of the gradient is measured; sparse methods only. 0: never.",
+            "steps",
+        ),
     ] = 25
     checkpoint_interval: Annotated[
         int, Field(ge=0), About("run", "Checkpoint every", "0: only when the run stops or ends.", "steps")

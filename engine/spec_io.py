@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ def parse_spec(values: Mapping[str, Any]) -> RunSpec:
     Raises:
         InvalidSpecError: with every problem, each a sentence with rule, value and remedy.
     """
+    values = {name: _as_meant(name, value) for name, value in values.items()}
     try:
         spec, problems = RunSpec(**values), []
     except ValidationError as error:
@@ -37,6 +38,16 @@ def parse_spec(values: Mapping[str, Any]) -> RunSpec:
     if problems:
         raise InvalidSpecError(problems)
     return spec
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """Return a YAML scalar as its field means it: `model=2024` is a name, and `density=true` is no number."""
+    if name not in RunSpec.model_fields or isinstance(value, str | list | tuple | dict) or value is None:
+        return value
+    annotation = RunSpec.model_fields[name].annotation
+    if isinstance(value, bool) and annotation is not bool:
+        return str(value).lower()
+    return str(value) if str in (annotation, *get_args(annotation)) else value
 
 
 def _field_of(detail: ErrorDetails) -> str:
@@ -114,7 +125,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def _read_scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except ValueError:  # it looks like a date and is none: a name
+        return text
     return _as_number(value)
 
 
@@ -134,7 +148,9 @@ def load_values(path: Path) -> dict[str, Any]:
         raise InvalidSpecError(
             [SpecProblem("", f"There is no spec file {str(path)!r}. Presets lie in presets/.")]
         ) from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError:
+        raise InvalidSpecError([SpecProblem("", f"{str(path)!r} is no text in UTF-8, so no spec.")]) from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise InvalidSpecError([SpecProblem("", f"{str(path)!r} is not valid YAML{where}.")]) from None

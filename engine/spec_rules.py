@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 
 
 def optimizer_of(spec: RunSpec) -> Literal["adamw", "sm3", "sgd"]:
@@ -24,6 +24,16 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
         problems["optimizer"] = (
             f"optimizer must be adamw for spiel-ag, which seeds its moments, got {spec.optimizer!r}. "
             "Use optimizer=auto."
+        )
+    if spec.method in BASELINES and optimizer_of(spec) == "sm3":
+        problems["optimizer"] = (
+            f"optimizer must be adamw or sgd for {spec.method}, as sm3 works on sparse entries, got 'sm3'. "
+            "Use optimizer=auto."
+        )
+    if spec.method == "full" and spec.quantization == "nf4":
+        problems["quantization"] = (
+            "quantization must be none for full, which trains the weights themselves, got 'nf4'. "
+            "Use quantization=none, or method=lora."
         )
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (

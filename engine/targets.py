@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from engine.errors import TargetsError
 
@@ -12,6 +13,9 @@ _ATTENTION_LAYERS = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 )
 _NOT_LINEAR = ("norm", "embed", "ln_", "wte", "wpe", "bias", "conv", "rotary")
+_IA3_LAYERS = frozenset(("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack"))
+_LAST_OF_MLP = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2"))
+_ROUTERS = frozenset(("gate", "router"))
 _EXAMPLES = 4  # real names shown where nothing matched
 
 
@@ -102,3 +106,56 @@ def _remedy(shapes: Mapping[str, Shape]) -> str:
     linear = [name for name, shape in shapes.items() if is_linear(name, shape)]
     examples = ", ".join((linear or list(shapes))[:_EXAMPLES])
     return f"Its parameters are named like {examples}."
+
+
+def adapted_weights(
+    shapes: Mapping[str, Shape], targets: str | tuple[str, ...], method: Literal["lora", "ia3"]
+) -> list[str]:
+    """Return the weights of the linear layers that get an adapter, in the order of `shapes`.
+
+    Those that `targets` mean and that are layers of the blocks; experts stacked in one tensor and router gates are no
+    such layers. Of a word, ia3 takes what its paper scales (arXiv:2205.05638): keys, values, the input of the MLP's
+    last layer; fused layers whole. Patterns are taken as they are.
+
+    Raises:
+        TargetsError: nothing is left.
+    """
+    chosen = []
+    for name in match_targets(shapes, targets):
+        layer = _layer_of(name)
+        wanted = method == "lora" or isinstance(targets, tuple) or layer in _IA3_LAYERS or is_feedforward(name)
+        if wanted and is_linear(name, shapes[name]) and len(shapes[name]) == 2 and layer not in _ROUTERS:
+            chosen.append(name)
+    if not chosen:
+        raise TargetsError(
+            f"targets {_words(targets)} hold no linear layer of the blocks for {method} to adapt. {_remedy(shapes)}"
+        )
+    return chosen
+
+
+def is_feedforward(name: str) -> bool:
+    """Return whether a weight is that of the MLP's last layer, whose input ia3 scales; of all others, the output."""
+    attention = any("attn" in part or "attention" in part for part in name.split("."))
+    return not attention and _layer_of(name) in _LAST_OF_MLP
+
+
+def adapter_numel(name: str, shape: Shape, method: Literal["lora", "ia3"], rank: int) -> int:
+    """Return the entries of the adapter beside one layer.
+
+    lora: rank (in + out), of two matrices. ia3: one factor for each output; of the MLP's last layer, for each input.
+
+    Args:
+        name: of the weight.
+        shape: (out, in). GPT-2's layers (c_attn, c_fc, c_proj) are (in, out), but there the longer side is meant.
+        method: lora or ia3.
+        rank: of lora.
+    """
+    if method == "lora":
+        return rank * sum(shape)
+    if _layer_of(name).startswith("c_"):
+        return max(shape)
+    return shape[1] if is_feedforward(name) else shape[0]
+
+
+def _layer_of(name: str) -> str:
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -17,7 +17,21 @@ from typing import Any, Literal
 
 from engine.errors import EngineError, RunError, WorkerError
 from engine.hub import hub_online
-from engine.runs import Run, RunStatus, has_worker, log_tail, read_report, read_status, take_request, write_status
+from engine.planner.plan import make_plan, require_fit
+from engine.planner.shape import require_weights
+from engine.runs import (
+    Run,
+    RunStatus,
+    create_run,
+    has_worker,
+    log_tail,
+    read_report,
+    read_status,
+    send_request,
+    take_request,
+    write_status,
+)
+from engine.spec import RunSpec
 from engine.units import MIB
 
 Side = Literal["base", "tuned"]
@@ -73,15 +87,35 @@ def start_worker(run: Run) -> int:
     # Reaped by a thread of its own, so that no zombie stays behind an app that lives for weeks.
     threading.Thread(target=process.wait, daemon=True).start()
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if has_worker(run) or read_status(run).pid == process.pid:
-            return process.pid
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
+    try:
+        while time.monotonic() < deadline:
+            if has_worker(run) or read_status(run).pid == process.pid:
+                return process.pid
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+    except KeyboardInterrupt:  # whoever gives up while it starts does not want it to run
+        send_request(run, "stop")
+        raise
     tail = log_tail(run, 1).strip() or f"exit status {process.returncode}"
     write_status(run, RunStatus("failed", detail=f"The worker ended before it began: {tail}"))
     raise WorkerError(f"The worker of run {run.id} ended before it began: {tail}")
+
+
+def start_run(spec: RunSpec) -> Run:
+    """Plan `spec`, make its run folder and start its worker.
+
+    Raises:
+        BudgetError: it does not fit.
+        ModelError: the model cannot be found, or has no weights.
+        EngineError: the spec is wrong, or the worker does not start.
+    """
+    plan = make_plan(spec)
+    require_fit(plan)
+    require_weights(spec.model, spec.model_revision)
+    run = create_run(spec, plan.to_dict())
+    start_worker(run)
+    return run
 
 
 def wait_for_end(run: Run, poll_s: float = 0.2) -> RunStatus:
@@ -204,4 +238,5 @@ def finish_report(run: Run) -> dict[str, Any]:
     """Return the report of an ended run, or what is known of one that failed before it could write it."""
     report = read_report(run)
     status = read_status(run)
-    return {**report, "run": run.id, "state": status.state} | ({"error": status.detail} if status.detail else {})
+    error = {"error": status.detail} if status.state == "failed" else {}
+    return {**report, "run": run.id, "state": status.state, **error}

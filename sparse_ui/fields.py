@@ -12,7 +12,8 @@ from sparse_ui.form import MAIN, PATTERNS, is_text, label_of
 SEGMENTS = 4  # a choice of up to so many words is a row of segments, a longer one a list; the methods are rows
 _TARGET_WORDS = {"linear": "all linear", "all": "everything"}
 BESIDE_SLIDER = ("density", "budget_gib")  # a slider carries their label
-EXPLAINED = ("method",)  # of the main fields; the others speak for themselves
+_FINE = 0.001  # what one click on the arrows of a number adds
+EXPLAINED = tuple(name for name in RunSpec.model_fields if about(name).methods)  # of the main fields
 WORDS = {
     "sift": "SIFT",
     "random": "Random",
@@ -27,6 +28,7 @@ WORDS = {
     "float16": "fp16",
     "float32": "fp32",
     "nf4": "NF4",
+    "none": "not quantised",
     "adamw": "AdamW",
     "sgd": "SGD",
 }
@@ -57,7 +59,8 @@ def build_widget(name: str) -> Component:
         return _choice(name, words, options)
     if RunSpec.model_fields[name].annotation is bool:
         return gr.Checkbox(**options)
-    return gr.Number(placeholder=_when_empty(name), **options)
+    whole = "int" in str(RunSpec.model_fields[name].annotation)
+    return gr.Number(placeholder=_when_empty(name), step=1 if whole else _FINE, **options)
 
 
 def _choice(name: str, words: tuple[str, ...], options: dict[str, Any]) -> Component:

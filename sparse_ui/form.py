@@ -17,6 +17,8 @@ MAIN: tuple[str, ...] = (
     "model",
     "dataset",
     "method",
+    *(name for name in RunSpec.model_fields if about(name).methods),
+    "quantization",
     "targets",
     "target_patterns",
     "density",
@@ -63,6 +65,11 @@ def is_text(name: str) -> bool:
     return str in (annotation, *get_args(annotation))
 
 
+def own_fields(method: str) -> tuple[str, ...]:
+    """Return the fields that only some methods read and that `method` does."""
+    return tuple(name for name in RunSpec.model_fields if method in about(name).methods)
+
+
 def label_of(name: str) -> str:
     """Return the label of a field with its unit: `Sequence length, tokens`."""
     words = about(name)
@@ -80,7 +87,7 @@ def _read(name: str, value: Any) -> Any:
 
 def _read_columns(text: str | None) -> Any:
     """Return the mapping that a line of text means, or the text itself where it means none."""
-    pairs = [part.partition(":") for part in _words(text)]
+    pairs = [part.partition(":") for part in _words((text or "").strip().removeprefix("{").removesuffix("}"))]
     if any(not (sign and role.strip() and column.strip()) for role, sign, column in pairs):
         return text
     return {role.strip(): column.strip() for role, _, column in pairs}

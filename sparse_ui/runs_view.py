@@ -54,7 +54,7 @@ def _cells(reader: HistoryReader, run: Run) -> list[str]:
     return [
         escape(run.id),
         cards.state_cell(status.state),
-        escape(short_name(spec.model)),
+        escape(short_name(spec.model) + ("" if spec.quantization == "none" else ", NF4")),
         escape(short_name(spec.dataset or "–")),
         word_of(spec.method),
         format_percent(density),

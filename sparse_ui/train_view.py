@@ -91,7 +91,7 @@ def run_html(run: Run, history: History, heading: str) -> str:
     if spec is not None:
         dtype = history.model.dtype if history.model else spec.dtype
         rows += [
-            ("Model", f"{short_name(spec.model)}, {word_of(dtype)}"),
+            ("Model", f"{short_name(spec.model)}, {word_of(dtype) if spec.quantization == 'none' else 'NF4'}"),
             ("Dataset", short_name(spec.dataset or "–")),
             ("Method", method_words(spec, history)),
         ]

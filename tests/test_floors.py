@@ -15,7 +15,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.spec", "engine.spec_rules", "engine.spec_io"),
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
-    ("engine.data", "engine.models", "engine.evaluate", "engine.chat", "engine.train"),
+    ("engine.data", "engine.models", "engine.evaluate", "engine.peft_format"),
+    ("engine.chat", "engine.export", "engine.train"),
     ("engine.workers",),
     ("engine.progress", "engine.__main__"),
     ("sparse_ui",),
@@ -23,7 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 # The command line and the interface read datasets for the preview; these parts of engine.data need no torch.
 TORCH_FREE_DATA = ("engine.data.preview", "engine.data.sources", "engine.data.formats", "engine.data.files")
-WORKER_FLOORS = {3, 4}
+WORKER_FLOORS = {3, 4, 5}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

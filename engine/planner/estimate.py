@@ -76,11 +76,8 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     """
     work = build_workload(spec, shape, device)
     resident = _resident(work)
-    moment = max(
-        run_moments(work), key=lambda each: each.total + (resident["optimizer_states"] if each.has_states else 0)
-    )
-    if not moment.has_states:
-        resident["optimizer_states"] = 0
+    moment = max(run_moments(work), key=lambda each: each.total - sum(resident[part] for part in each.without))
+    resident |= dict.fromkeys(moment.without, 0)
     surroundings = {
         "workspace": formulas.workspace_bytes(work.on_cpu),
         "context": formulas.context_bytes(work.on_cpu),
@@ -127,12 +124,12 @@ def _note(shape: ModelShape) -> str:
 
 
 def _resident(work: Workload) -> dict[str, int]:
-    e, count, spec = work.setting.element_bytes, work.num_active, work.spec
+    count, spec = work.num_active, work.spec
     candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
     return {
         "parameters": work.parameters_bytes,
-        "values": formulas.values_bytes(count) + (0 if work.quantised else formulas.replaced_bytes(count, e)),
-        "indices": formulas.indices_bytes(work.numels, work.active),
+        "values": work.values_bytes,
+        "indices": work.indices_bytes,
         "gradients": formulas.gradients_bytes(count) + candidates,
         "optimizer_states": formulas.optimizer_states_bytes(
             count, optimizer_of(spec), accumulators=work.targets.accumulators, ages=spec.method == "spiel-ag"

@@ -72,6 +72,16 @@ def _cached(model: str, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def require_tensors(model: str, revision: str | None) -> None:
+    """Do nothing where the model's weights are in the cache or the Hub answers.
+
+    Raises:
+        HubUnreachableError: neither.
+    """
+    if not _cached_weights(model, revision):
+        require_hub(f"model {model!r}")
+
+
 def _cached_weights(model: str, revision: str | None) -> list[Path]:
     single = _cached(model, SINGLE_NAME, revision)
     if single is not None:

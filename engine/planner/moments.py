@@ -1,20 +1,26 @@
 """The moments of a run that may be its peak: loss, backward of a block, optimizer step, selection of entries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.planner import activations, formulas
 from engine.planner.workload import Workload
+from engine.spec import BASELINES
 from engine.spec_rules import optimizer_of
+
+_UNSEEDED = ("optimizer_states",)  # before the first step there are none
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment that may be the peak: what is saved for the backward and what comes and goes, in bytes."""
+    """A moment that may be the peak: what is saved for the backward and what comes and goes, in bytes.
+
+    `without`: resident parts that are not there at this moment: `optimizer_states`, `gradients`.
+    """
 
     phase: str
     saved: int
     transient: int
-    has_states: bool = True
+    without: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -25,12 +31,32 @@ class Moment:
 def run_moments(work: Workload) -> list[Moment]:
     """Return every moment that may be the peak."""
     e, spec = work.setting.element_bytes, work.spec
+    if spec.method in BASELINES:
+        return _baseline_moments(work)
     probe = formulas.probe_bytes(work.largest[0], e) if spec.probe_interval else 0
     reading = max(formulas.gather_bytes(work.active, e), probe)
     update = max(
         formulas.write_back_bytes(work.active, e), formulas.update_bytes(work.active, spec.method, optimizer_of(spec))
     )
     return [*step_moments(work, reading), Moment("optimizer step", 0, update), *selection_moments(work)]
+
+
+def _baseline_moments(work: Workload) -> list[Moment]:
+    """Return the moments of a run that selects and probes nothing; torch's fused update takes nothing beside.
+
+    The gradients come up block by block while activations go: where there is one backward a step, they are not there
+    at its start, and at its end the lowest block's activations are alone.
+    """
+    moments = [*step_moments(work, 0), Moment("optimizer step", 0, 0)]
+    if work.spec.gradient_accumulation > 1:
+        return moments
+    begun = [replace(moment, without=("gradients",)) for moment in moments[:-1]]
+    lowest = next((part for part in work.targets.parts if part.reached), None)
+    if lowest is None:
+        return [*begun, moments[-1]]
+    saved = activations.blocks_saved_bytes(work.shape, work.setting, [lowest])
+    added = activations.block_backward_bytes(work.shape, work.setting, lowest, 0) + work.adapters_backward_bytes
+    return [*begun, _block_moment(saved, added, 0), moments[-1]]
 
 
 def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
@@ -44,6 +70,7 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
     shape, setting = work.shape, work.setting
     saved = activations.blocks_saved_bytes(shape, setting, work.targets.parts)
     saved += activations.shared_saved_bytes(shape, setting)
+    saved += 0 if setting.checkpointing else sum(work.adapters_saved.values())
     flows = any(part.reached for part in work.targets.parts) or shape.embedding in work.numels
     norm_trained = any(name.endswith(("model.norm.weight", "ln_f.weight")) for name in work.numels)
     head = activations.head_saved_bytes(shape, setting, norm_trained, work.trains_head) if flows else 0
@@ -56,7 +83,7 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
     for part in reached:
         # The rebuilt NF4 weight is freed before the dense gradient of its layer is made.
         dense = max(work.block_dense_bytes + reading, work.rebuilt_bytes)
-        added = activations.block_backward_bytes(shape, setting, part, dense)
+        added = activations.block_backward_bytes(shape, setting, part, dense) + work.adapters_backward_bytes
         moments.append(_block_moment(saved, added, extra))
     return moments
 
@@ -71,9 +98,9 @@ def selection_moments(work: Workload) -> list[Moment]:
     (numel, count), e, method = work.largest, work.setting.element_bytes, work.spec.method
     if method in ("random", "spiel-ma"):
         drawn = formulas.draw_bytes(numel, count) if work.on_cpu else 0
-        return [Moment("selection", 0, drawn, has_states=method == "spiel-ma")]
+        return [Moment("selection", 0, drawn, () if method == "spiel-ma" else _UNSEEDED)]
     if method == "magnitude":
-        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e), has_states=False)]
+        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e), _UNSEEDED)]
     squares = formulas.FP32_BYTES * numel if method == "fisher" else 0
     if work.selection_micro_steps == 1:
         steps = step_moments(work, squares + formulas.topk_bytes(numel, count, e))
@@ -84,7 +111,8 @@ def selection_moments(work: Workload) -> list[Moment]:
         top = formulas.topk_bytes(numel, count, formulas.FP32_BYTES)
         steps.append(Moment("selection", 0, top + (summed if work.on_cpu else formulas.FP32_BYTES * numel)))
     # SpIEL-AG chooses candidates again and again, beside the states; the others once, before there are any.
-    return [Moment("selection", step.saved, step.transient, has_states=method == "spiel-ag") for step in steps]
+    without = () if method == "spiel-ag" else _UNSEEDED
+    return [Moment("selection", step.saved, step.transient, without) for step in steps]
 
 
 def selection_host_bytes(work: Workload) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from engine.hardware import Device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.shape import ModelShape
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 
 Changes = dict[str, Any]
 MOST_HALVINGS = 3  # of length or density: less is another run
@@ -109,7 +109,7 @@ def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 
 def _nf4(spec: RunSpec, device: Device) -> Iterator[Option]:
-    if spec.quantization == "none":
+    if spec.quantization == "none" and spec.method != "full":  # full trains the weights themselves
         yield "base weights in NF4", {"quantization": "nf4"}, "the base weights are rounded to 4 bits; slower steps"
 
 
@@ -123,6 +123,8 @@ def _length(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 def _density(spec: RunSpec, device: Device) -> Iterator[Option]:
     cost = "fewer entries are trained"
+    if spec.method in BASELINES:
+        return
     for halvings in range(1, MOST_HALVINGS + 1):
         if spec.num_trainable is None:
             density = float(f"{spec.density / 2**halvings:.3g}")

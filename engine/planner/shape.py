@@ -125,8 +125,11 @@ def require_weights(model: str, revision: str | None = None) -> str | Path:
 
     Raises:
         ModelError: it is a folder without weights, or none of the things that a model can be.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     found = resolve_model(model, revision)
+    if isinstance(found, str):
+        hub_files.require_tensors(found, revision)
     if isinstance(found, Path) and not has_weights(found):
         raise ModelError(
             f"Model folder {str(found)!r} has a config.json but no weights (*.safetensors); "

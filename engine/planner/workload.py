@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal
 
 from engine.hardware import Device
 from engine.planner import activations, formulas
-from engine.planner.activations import Setting, TrainedParts
+from engine.planner.activations import FP32_BYTES, Setting, TrainedParts
+from engine.planner.adapters import adapter_backward_bytes, adapters_saved_bytes
 from engine.planner.shape import ModelShape, target_tensors
-from engine.spec import RunSpec
-from engine.targets import is_linear, layer_number, num_active_of
+from engine.spec import BASELINES, RunSpec
+from engine.targets import adapted_weights, adapter_numel, is_linear, layer_number, num_active_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -55,6 +57,24 @@ class Workload:
         return self.numels[self.targets.largest], self.active[self.targets.largest]
 
     @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained beside the targets."""
+        return self.spec.method in ("lora", "ia3")
+
+    @cached_property
+    def adapters_saved(self) -> Mapping[int, int]:
+        """Bytes that the adapters of each block keep for the backward."""
+        return adapters_saved_bytes(self.shape, self.setting, self.spec, self.numels) if self.adapted else {}
+
+    @property
+    def adapters_backward_bytes(self) -> int:
+        """What adapters add to the backward of a block; with checkpointing, what they keep is computed anew as well."""
+        if not self.adapted:
+            return 0
+        anew = max(self.adapters_saved.values()) if self.setting.checkpointing else 0
+        return anew + adapter_backward_bytes(self.shape, self.setting, self.spec.method, self.numels)
+
+    @property
     def num_active(self) -> int:
         """Trained entries over all targets."""
         return sum(self.active.values())
@@ -66,6 +86,19 @@ class Workload:
         return chosen or self.spec.gradient_accumulation
 
     @property
+    def values_bytes(self) -> int:
+        """The trained values and the base entries that they replace; of full, masters of 16-bit weights."""
+        e, values = self.setting.element_bytes, formulas.values_bytes(self.num_active)
+        if self.spec.method == "full":
+            return values if e != FP32_BYTES else 0
+        return values + (0 if self.quantised or self.adapted else formulas.replaced_bytes(self.num_active, e))
+
+    @property
+    def indices_bytes(self) -> int:
+        """The positions of the values; a baseline has none."""
+        return 0 if self.spec.method in BASELINES else formulas.indices_bytes(self.numels, self.active)
+
+    @property
     def trains_head(self) -> bool:
         """Whether the output layer is a target."""
         return self.shape.head in self.numels
@@ -73,6 +106,8 @@ class Workload:
     @property
     def block_dense_bytes(self) -> int:
         """The largest dense gradient inside the blocks; that of a tied output layer waits for the embedding's."""
+        if self.adapted:
+            return 0
         tied = self.numels.get(self.shape.head or "", 0) if self.shape.tied else 0
         return formulas.dense_gradient_bytes(self.targets.largest_in_blocks + tied, self.setting.element_bytes)
 
@@ -98,11 +133,22 @@ def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload
     dtype = spec.dtype if spec.dtype != "auto" else ("float32" if device.is_cpu else "bfloat16")
     e, rows, length = ELEMENT_BYTES[dtype], spec.micro_batch_size, spec.sequence_length
     kernel = activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu)
-    targets = _sizes_of(shape, spec.targets)
+    # What an adapter in fp32 reads is kept as the input of a trained weight is; in 16 bit, a copy.
+    keeps_inputs = spec.method != "ia3" and (spec.method != "lora" or e == FP32_BYTES)
+    targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None, keeps_inputs)
     setting = Setting(rows, length, e, kernel, spec.gradient_checkpointing)
-    active = num_active_of(targets.numels, spec.density, spec.num_trainable)
+    active = _active(spec, shape, targets.numels)
     quantised = _quantised(shape) if spec.quantization == "nf4" else ()
     return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised)
+
+
+def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapping[str, int]:
+    """Return the trained entries of each target, those of the adapter beside it where there is one."""
+    if spec.method == "full":
+        return numels
+    if spec.method == "lora" or spec.method == "ia3":
+        return {name: adapter_numel(name, shape.tensors[name], spec.method, spec.lora_rank) for name in numels}
+    return num_active_of(numels, spec.density, spec.num_trainable)
 
 
 @lru_cache(maxsize=16)
@@ -112,11 +158,17 @@ def _quantised(shape: ModelShape) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _sizes_of(shape: ModelShape, targets: str | tuple[str, ...]) -> TargetSizes:
+def _sizes_of(
+    shape: ModelShape, targets: str | tuple[str, ...], adapter: Literal["lora", "ia3"] | None, keeps_inputs: bool
+) -> TargetSizes:
     tensors = target_tensors(shape, targets)
+    if adapter:
+        tensors = {name: shape.tensors[name] for name in adapted_weights(shape.tensors, targets, adapter)}
     numels = {name: math.prod(sizes) for name, sizes in tensors.items()}
     accumulators = sum(numels[name] // sizes[-1] + sizes[-1] for name, sizes in tensors.items())
     in_blocks = (numel for name, numel in numels.items() if layer_number(name) is not None)
     largest = max(numels, key=lambda name: numels[name])
     parts = tuple(activations.trained_parts(shape, numels))
+    if not keeps_inputs:
+        parts = tuple(replace(part, qkv=False, o=False, mlp_in=False, down=False) for part in parts)
     return TargetSizes(numels, largest, max(in_blocks, default=0), accumulators, parts)

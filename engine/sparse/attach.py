@@ -1,6 +1,7 @@
 """Attach sparse tuning to a model: `attach(model, spec)` gives parameters for any optimizer, and writes them back."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,13 @@ from engine.sparse.entries import ActiveEntries
 from engine.sparse.hooks import GradientHooks
 from engine.sparse.linear import LinearFunctions
 from engine.sparse.optim import SparseAdamW
+from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
-from engine.sparse.selection import select_random_indices, select_topk_indices
+from engine.sparse.selection import index_dtype, select_random_indices
 from engine.sparse.sift import FirstGradientSelection
 from engine.sparse.sm3 import SM3
 from engine.sparse.spiel import Schedule, Spiel, SpielAG, SpielMA
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 from engine.targets import match_targets, num_active_of
 
 
@@ -56,6 +58,16 @@ class SparseTuning:
         return [entry.values for entry in self.entries]
 
     @property
+    def named_values(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by the name of their target."""
+        return {entry.name: entry.values for entry in self.entries}
+
+    @property
+    def num_targets(self) -> int:
+        """Weights of which entries are trained."""
+        return len(self.entries)
+
+    @property
     def num_active(self) -> int:
         """Trained entries over all targets."""
         return sum(entry.num_active for entry in self.entries)
@@ -69,6 +81,10 @@ class SparseTuning:
     def selecting(self) -> bool:
         """Whether the trained entries are still to be chosen from gradients."""
         return self._selection is not None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer that the spec names, over `values`."""
+        return build_optimizer(self.entries, self.spec)
 
     def begin_selection(self, micro_steps: int, *, keep_gradient: bool = True) -> None:
         """Let the next `micro_steps` backwards choose the entries; see `FirstGradientSelection`."""
@@ -97,26 +113,19 @@ class SparseTuning:
         """Choose the entries of largest or smallest |weight|: needs no data."""
         for entry in self.entries:
             weight = entry.weight
-            magnitude = (weight.dense() if isinstance(weight, NF4Weight) else weight.detach()).abs()
-            scores = magnitude if largest else magnitude.neg().add_(magnitude.max())
-            entry.place(select_topk_indices(scores, entry.num_active))
+            magnitude = (weight.dense() if isinstance(weight, NF4Weight) else weight.detach()).abs().flatten()
+            top = magnitude.topk(entry.num_active, largest=largest, sorted=False).indices
+            entry.place(top.sort().values.to(index_dtype(magnitude.numel())))
 
     def place_random(self, generator: torch.Generator) -> None:
         """Choose the entries at random: the control of both papers."""
         for entry in self.entries:
             entry.place(select_random_indices(entry.weight.numel(), entry.num_active, generator))
 
-    def place(self, indices: Iterator[tuple[str, Tensor]]) -> None:
-        """Put given indices in place, as a checkpoint has them."""
-        entries = {entry.name: entry for entry in self.entries}
-        for name, positions in indices:
-            entries[name].place(positions)
-        self._selection = None
-
     def _take(self, entry: ActiveEntries, grad: Tensor) -> None:
         if self._selection is not None:
             self._selection.observe(entry, grad)
-        else:
+        elif entry.indices is not None:  # None: no gradient reached the weight while the entries were chosen
             gathered = entry.gather(grad)
             entry.values.grad = gathered if entry.values.grad is None else entry.values.grad.add_(gathered)
         if self.spiel is not None:
@@ -135,6 +144,31 @@ class SparseTuning:
         """Put the values into the weights, after the optimizer's step."""
         for entry in self.entries:
             entry.write_back()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint needs besides the optimizer's states: indices, values, SpIEL's candidates."""
+        state = {} if self.spiel is None else self.spiel.state()
+        for entry in self.entries:
+            if entry.indices is not None:
+                state[f"{entry.name}.indices"] = entry.indices
+                state[f"{entry.name}.values"] = entry.values.detach()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave, and write the values into the weights."""
+        self._selection = None
+        for entry in self.entries:
+            if f"{entry.name}.indices" in state:
+                entry.place(state[f"{entry.name}.indices"])
+                entry.values.copy_(state[f"{entry.name}.values"])
+        if self.spiel is not None:
+            self.spiel.load_state(state)
+        self.write_back()
+
+    def save_result(self, folder: Path) -> None:
+        """Write the delta into `folder`."""
+        self.delta().save(folder)
 
     def delta(self) -> SparseDelta:
         """Return a copy of the delta as it is now."""
@@ -171,6 +205,7 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False) -> Spars
     Raises:
         TargetsError: no parameter matches `spec.targets`.
     """
+    assert spec.method not in BASELINES, f"{spec.method} is no sparse method: see engine.train.tuning.start_tuning"
     weights = base_weights(model)
     names = match_targets({name: tuple(weight.shape) for name, weight in weights.items()}, spec.targets)
     counts = num_active_of({name: weights[name].numel() for name in names}, spec.density, spec.num_trainable)

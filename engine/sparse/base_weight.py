@@ -68,3 +68,15 @@ def nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keep the 4-bit weights of `model` as they were quantised.
+
+    On CPUs with AVX512-BF16, bitsandbytes lays them out anew at the first forward without gradients, and rounds their
+    scales to bf16 by the way: another model from then on, and one through which no gradient flows.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -19,6 +19,7 @@ from engine.errors import DeltaError
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.linear import LinearFunctions
+from engine.spec import BASELINES
 
 FORMAT_VERSION = 1
 FINGERPRINT_ENTRIES = 4096  # per weight
@@ -84,22 +85,11 @@ class SparseDelta:
     def _check(self, weights: Mapping[str, nn.Parameter | NF4Weight]) -> None:
         missing = [name for name in self.tensors if name not in weights]
         if missing:
-            raise DeltaError(f"This delta changes {missing[0]!r}, which the model does not have. {self._remedy()}")
-        quantised = any(isinstance(weights[name], NF4Weight) for name in self.tensors)
-        if quantised != (self.info.quantization == "nf4"):
             raise DeltaError(
-                f"This delta was trained over a base with quantization={self.info.quantization}, and the model is "
-                f"loaded with quantization={'nf4' if quantised else 'none'}. Load the model the same way."
+                f"This delta changes {missing[0]!r}, which the model does not have. "
+                f"Load it over {self.info.base_model!r}."
             )
-        found = fingerprint({name: weights[name] for name in self.tensors})
-        if found != self.info.fingerprint:
-            raise DeltaError(
-                f"The weights of this model are not those the delta was trained on (fingerprint {found[:12]}, "
-                f"expected {self.info.fingerprint[:12]}). {self._remedy()}"
-            )
-
-    def _remedy(self) -> str:
-        return f"Load it over {self.info.base_model!r}."
+        require_base(self.info, {name: weights[name] for name in self.tensors})
 
     def save(self, folder: Path) -> None:
         """Write delta.safetensors (`<parameter>.indices`, `<parameter>.values`) and delta.json into `folder`."""
@@ -115,25 +105,66 @@ class SparseDelta:
         """Read what `save` wrote.
 
         Raises:
-            DeltaError: a file is missing or damaged, or a newer version wrote it.
+            DeltaError: a file is missing or damaged, a newer version wrote it, or it is no sparse delta.
         """
-        try:
-            body: dict[str, Any] = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
-            flat = load_file(folder / "delta.safetensors")
-            version = body["format_version"]
-            if version > FORMAT_VERSION:
-                raise DeltaError(
-                    f"{str(folder)!r} has format version {version}; this program reads up to {FORMAT_VERSION}."
-                    " Update the program."
-                )
-            names = sorted(key.removesuffix(".indices") for key in flat if key.endswith(".indices"))
-            tensors = {name: (flat[f"{name}.indices"], flat[f"{name}.values"]) for name in names}
-            return cls(DeltaInfo(**body), tensors)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        info = read_info(folder)
+        if info.method in BASELINES:
             raise DeltaError(
-                f"{str(folder)!r} holds no delta that can be read ({type(error).__name__}: {error}). "
-                "A run that finished or was stopped has one in its delta/ folder."
-            ) from None
+                f"{str(folder)!r} holds the result of {info.method}, which is no sparse delta. "
+                "Choose the delta of a sparse method."
+            )
+        try:
+            flat = load_file(folder / "delta.safetensors")
+            names = sorted(key.removesuffix(".indices") for key in flat if key.endswith(".indices"))
+            return cls(info, {name: (flat[f"{name}.indices"], flat[f"{name}.values"]) for name in names})
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise _unreadable(folder, error) from None
+
+
+def read_info(folder: Path) -> DeltaInfo:
+    """Read the delta.json of the result of a run, sparse or not.
+
+    Raises:
+        DeltaError: it is missing or damaged, or a newer version wrote it.
+    """
+    try:
+        body: dict[str, Any] = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
+        version = body["format_version"]
+        if version > FORMAT_VERSION:
+            raise DeltaError(
+                f"{str(folder)!r} has format version {version}; this program reads up to {FORMAT_VERSION}."
+                " Update the program."
+            )
+        return DeltaInfo(**body)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> DeltaError:
+    return DeltaError(
+        f"{str(folder)!r} holds no delta that can be read ({type(error).__name__}: {error}). "
+        "A run that finished or was stopped has one in its delta/ folder."
+    )
+
+
+def require_base(info: DeltaInfo, weights: Mapping[str, nn.Parameter | NF4Weight]) -> None:
+    """Do nothing where `weights` are those that the result of a run was trained on.
+
+    Raises:
+        DeltaError: they are stored otherwise, or are others.
+    """
+    quantised = any(isinstance(weight, NF4Weight) for weight in weights.values())
+    if quantised != (info.quantization == "nf4"):
+        raise DeltaError(
+            f"This delta was trained over a base with quantization={info.quantization}, and the model is "
+            f"loaded with quantization={'nf4' if quantised else 'none'}. Load the model the same way."
+        )
+    found = fingerprint(weights)
+    if found != info.fingerprint:
+        raise DeltaError(
+            f"The weights of this model are not those the delta was trained on (fingerprint {found[:12]}, "
+            f"expected {info.fingerprint[:12]}). Load it over {info.base_model!r}."
+        )
 
 
 def fingerprint(weights: Mapping[str, nn.Parameter | NF4Weight]) -> str:

@@ -52,7 +52,12 @@ class ActiveEntries:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put round(base + values) into the weight, or let it count from now on."""
+        """Put round(base + values) into the weight, or let it count from now on.
+
+        A weight that no gradient ever reached has no entries, and nothing happens.
+        """
+        if self.indices is None:
+            return
         self.applied = True
         if isinstance(self.weight, nn.Parameter):
             assert self.base is not None, f"the entries of {self.name} are not placed yet"

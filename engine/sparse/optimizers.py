@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import ADAM_BETAS, ADAM_EPS, SPIEL_ADAM_EPS, SparseAdamW
@@ -28,13 +29,22 @@ def build_optimizer(
     """
     values = [entry.values for entry in entries]
     rate, decay = spec.learning_rate, spec.weight_decay
-    match optimizer_of(spec):
-        case "sm3":
-            return SM3(entries, rate, SM3_EPS if eps is None else eps, decay)
-        case "sgd":
-            return torch.optim.SGD(values, lr=rate, weight_decay=decay, fused=True)
-        case "adamw" if spec.method == "spiel-ag":
-            return SparseAdamW(values, rate, betas, SPIEL_ADAM_EPS if eps is None else eps, decay)
-    return torch.optim.AdamW(
-        values, lr=rate, betas=betas, eps=ADAM_EPS if eps is None else eps, weight_decay=decay, fused=True
-    )
+    if optimizer_of(spec) == "sm3":
+        return SM3(entries, rate, SM3_EPS if eps is None else eps, decay)
+    if spec.method == "spiel-ag":
+        return SparseAdamW(values, rate, betas, SPIEL_ADAM_EPS if eps is None else eps, decay)
+    return plain_optimizer(values, spec, betas=betas, eps=ADAM_EPS if eps is None else eps)
+
+
+def plain_optimizer(
+    values: Sequence[nn.Parameter],
+    spec: RunSpec,
+    *,
+    betas: tuple[float, float] = ADAM_BETAS,
+    eps: float = ADAM_EPS,
+) -> torch.optim.Optimizer:
+    """Return torch's fused SGD or AdamW over `values`: all that a method without moving entries needs."""
+    rate, decay = spec.learning_rate, spec.weight_decay
+    if optimizer_of(spec) == "sgd":
+        return torch.optim.SGD(values, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(values, lr=rate, betas=betas, eps=eps, weight_decay=decay, fused=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import RunError
-from engine.sparse.attach import SparseTuning
+from engine.train.tuning import Tuning
 
 KEPT = 2  # newest checkpoints that stay
 
@@ -30,23 +30,18 @@ class Progress:
     peak_bytes: int
 
 
-def save_checkpoint(folder: Path, tuning: SparseTuning, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+def save_checkpoint(folder: Path, tuning: Tuning, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
     """Write the checkpoint of `progress.step` under `folder` and drop all but the newest `KEPT`.
 
     Returns:
         The checkpoint's folder.
     """
-    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    tensors = {"rng.cpu": torch.get_rng_state(), **tuning.state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for entry in tuning.entries:
-        assert entry.indices is not None
-        tensors[f"{entry.name}.indices"] = entry.indices
-        tensors[f"{entry.name}.values"] = entry.values.detach()
-        for key, state in optimizer.state[entry.values].items():
-            tensors[f"{entry.name}.optimizer.{key}"] = torch.as_tensor(state)
-    if tuning.spiel is not None:
-        tensors.update(tuning.spiel.state())
+    for name, values in tuning.named_values.items():
+        for key, state in optimizer.state[values].items():
+            tensors[f"{name}.optimizer.{key}"] = torch.as_tensor(state)
     partial = folder / f".{progress.step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -60,7 +55,7 @@ def save_checkpoint(folder: Path, tuning: SparseTuning, optimizer: torch.optim.O
     return target
 
 
-def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(checkpoint: Path, tuning: Tuning, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint's indices, values, optimizer states and RNG in place, and write the values into the weights.
 
     Raises:
@@ -69,14 +64,8 @@ def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.opt
     try:
         tensors = load_file(checkpoint / "values.safetensors")
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        tuning.place((entry.name, tensors[f"{entry.name}.indices"]) for entry in tuning.entries)
-        with torch.no_grad():
-            for entry in tuning.entries:
-                entry.values.copy_(tensors[f"{entry.name}.values"])
+        tuning.load_state(tensors)
         _load_optimizer(tensors, tuning, optimizer)
-        if tuning.spiel is not None:
-            tuning.spiel.load_state(tensors)
-        tuning.write_back()
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -88,10 +77,10 @@ def load_checkpoint(checkpoint: Path, tuning: SparseTuning, optimizer: torch.opt
         ) from error
 
 
-def _load_optimizer(tensors: dict[str, Tensor], tuning: SparseTuning, optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizer(tensors: dict[str, Tensor], tuning: Tuning, optimizer: torch.optim.Optimizer) -> None:
     # Not through load_state_dict, which would turn the integer ages of entries into floats.
-    for entry in tuning.entries:
-        prefix = f"{entry.name}.optimizer."
-        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name, values in tuning.named_values.items():
+        prefix = f"{name}.optimizer."
+        found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if found:
-            optimizer.state[entry.values] = {key: tensor.to(entry.values.device) for key, tensor in found.items()}
+            optimizer.state[values] = {key: tensor.to(values.device) for key, tensor in found.items()}

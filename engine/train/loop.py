@@ -20,8 +20,9 @@ from engine.events import Evaluated, Event, Probed, Selected, Stepped
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.probe import GradientProbe
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 from engine.train.memory import MemoryMeter
+from engine.train.tuning import Tuning
 
 SHOWN_SAMPLES = 8  # answers an evaluation event carries
 
@@ -47,7 +48,7 @@ class Trainer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    tuning: SparseTuning
+    tuning: Tuning
     optimizer: torch.optim.Optimizer
     emit: Callable[[Event], None]
     control: Control
@@ -113,6 +114,7 @@ class Trainer:
             self.save(self)
 
     def _begin_selection(self) -> None:
+        assert isinstance(self.tuning, SparseTuning), "a baseline selects nothing"
         count = self.spec.selection_micro_steps or self.spec.gradient_accumulation
         if count <= self.spec.gradient_accumulation and self.spec.method == "sift":
             self.tuning.begin_selection(count)
@@ -144,7 +146,7 @@ class Trainer:
                 self.tuning.probe = GradientProbe()
             loss += self._backward(batch, max(1, labelled))
         self._report_probe(step)
-        if step == 1:
+        if step == 1 and self.spec.method not in BASELINES:
             self._report_selection(step, self.tuning.num_active)
         norm, clip = clip_gradient(self.tuning.values, self.spec.max_grad_norm)
         self.optimizer.step()
@@ -171,7 +173,7 @@ class Trainer:
         self.emit(Selected(step, self.spec.method, self.tuning.num_active, density, replaced))
 
     def _probe_due(self, step: int) -> bool:
-        interval = self.spec.probe_interval
+        interval = 0 if self.spec.method in BASELINES else self.spec.probe_interval
         # Step 1 chooses by its own gradient, so the first gradient worth comparing with is that of step 2.
         return interval > 0 and (step == 2 or step % interval == 0) and not self.tuning.selecting
 
@@ -183,8 +185,10 @@ class Trainer:
         tensors = {name: (item.top, item.selected, item.best) for name, item in probe.tensors.items()}
         self.emit(Probed(step, shares.top, shares.selected, shares.best, tensors))
 
-    def evaluate(self, answers: int, *, scored: bool) -> Evaluated:
+    def evaluate(self, answers: int, *, scored: bool) -> Evaluated | None:
         """Compute the held-out loss, answer up to `answers` held-out questions, emit and return the figures.
+
+        A stop breaks the evaluation off: None is returned and nothing is emitted, since half of it says nothing.
 
         Args:
             answers: held-out questions to answer.
@@ -194,6 +198,8 @@ class Trainer:
         batches = evaluation_batches(self.data.evaluation[: self.spec.evaluation_rows], self.spec)
         loss = heldout_loss(self.model, batches, self.device, stop)
         samples = answer_questions(self.model, self.tokenizer, self.data.questions[:answers], stop)
+        if stop():
+            return None
         figures = Evaluated(self.step, loss, exact_match(samples) if scored else None, tuple(samples[:SHOWN_SAMPLES]))
         self.emit(figures)
         return figures

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from engine.data.batches import prepare_data
-from engine.errors import EngineError
+from engine.errors import EngineError, TrainingError
 from engine.events import (
     Checkpointed,
     Evaluated,
@@ -41,13 +41,12 @@ from engine.runs import (
     write_json,
     write_status,
 )
-from engine.sparse.attach import attach
 from engine.sparse.base_weight import base_weights
-from engine.sparse.optimizers import build_optimizer
 from engine.spec import RunSpec
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
+from engine.train.tuning import start_tuning
 
 LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
 QUEUE_POLL_S = 0.5
@@ -171,20 +170,27 @@ def _work(run: Run, journal: Journal) -> None:
     torch.manual_seed(spec.seed)
     trainer = _build(spec, run, journal, device)
     base = _base_figures(run, trainer, journal)
+    if base is None:
+        journal.state("stopped", "Stopped before the first step.")
+        return
     journal.state("running")
     try:
-        finished = trainer.run()
+        reached_end = trainer.run()
+    except TrainingError:  # the numbers are beyond use; an older checkpoint may be good
+        raise
     except Exception:
         _keep_what_was_learnt(run, trainer)
         raise
-    if not finished:
+    if not reached_end:
         journal.state("stopping", "Saving.")
-    if not trainer.tuning.selecting:
+    if trainer.step:
         trainer.save(trainer)
-        trainer.tuning.delta().save(run.delta_path)
-    tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if finished else None
-    _write_report(run, trainer, base, tuned, _comparable_bytes(plan, device), "finished" if finished else "stopped")
-    journal.state("finished" if finished else "stopped")
+        trainer.tuning.save_result(run.delta_path)
+    tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if reached_end else None
+    # Stopped while it evaluated the result, a run goes on from its last step to that evaluation.
+    state: RunState = "finished" if tuned is not None else "stopped"
+    _write_report(run, trainer, base, tuned, _comparable_bytes(plan, device), state)
+    journal.state(state)
 
 
 def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> Trainer:
@@ -194,11 +200,12 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
     journal.state("preparing", "Loading the model.")
     begun = time.monotonic()
     model = load_model(spec, device)
-    tuning = attach(model, spec)
+    num_parameters = sum(weight.numel() for weight in base_weights(model).values())
+    tuning = start_tuning(model, spec)
     journal.emit(
         ModelLoaded(
-            sum(weight.numel() for weight in base_weights(model).values()),
-            len(tuning.entries),
+            num_parameters,
+            tuning.num_targets,
             tuning.target_numel,
             tuning.num_active,
             str(device),
@@ -206,7 +213,7 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
             time.monotonic() - begun,
         )
     )
-    optimizer = build_optimizer(tuning.entries, spec)
+    optimizer = tuning.make_optimizer()
 
     def save(trainer: Trainer) -> None:
         progress = Progress(trainer.step, trainer.elapsed_s, trainer.memory.peak_bytes())
@@ -227,8 +234,11 @@ def _comparable_bytes(plan: Plan, device: torch.device) -> int:
     return plan.peak_bytes - (plan.parts["context"] if device.type == "cuda" else 0)
 
 
-def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated:
-    """Return the figures of the untuned base, from the run's events where an earlier session computed them."""
+def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated | None:
+    """Return the figures of the untuned base, from the run's events where an earlier session computed them.
+
+    None where a stop came first.
+    """
     for record in read_events(run)[0]:
         if isinstance(record.event, Evaluated) and record.event.step == 0:
             return record.event
@@ -243,7 +253,7 @@ def _keep_what_was_learnt(run: Run, trainer: Trainer) -> None:
         return
     try:
         trainer.save(trainer)
-        trainer.tuning.delta().save(run.delta_path)
+        trainer.tuning.save_result(run.delta_path)
     except (OSError, RuntimeError):
         traceback.print_exc()
 

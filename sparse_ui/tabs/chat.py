@@ -124,6 +124,7 @@ def _draw_side(name: str) -> gr.Chatbot:
             elem_id=f"chat-{name.lower()}",
             placeholder=PLACEHOLDERS[name],
             layout="bubble",
+            render_markdown=False,  # an answer is shown as it was generated, tags and all
             allow_file_downloads=False,
         )
 

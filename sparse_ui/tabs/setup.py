@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
-from engine import hardware, presets, runs, workers
+from engine import hardware, presets, workers
 from engine.planner.plan import make_plan, require_fit
-from engine.planner.shape import require_weights
-from engine.runs import Run
-from engine.spec import RunSpec, about
+from engine.spec import METHODS, Method, RunSpec, about
 from engine.units import GIB
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
@@ -25,10 +23,11 @@ _ACCORDIONS = (
     ("Training, schedule and evaluation", ("method", "optimizer", "training", "evaluation", "run")),
     ("Model, memory and device", ("model", "memory")),
 )
-_UPLOADS = [".json", ".jsonl", ".csv", ".parquet", ".txt"]
+_UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz"]
 _TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
 _TO_POWER = "(density) => density > 0 ? Math.max(-5, Math.min(0, Math.log10(density))) : -5"
 _SAME = "(value) => value"
+OWN_FIELDS = tuple(name for name in RunSpec.model_fields if about(name).methods)
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
@@ -49,6 +48,7 @@ class _Main:
     upload: gr.UploadButton
     dataset_facts: gr.HTML
     model_facts: gr.HTML
+    method_words: gr.HTML
     density_words: gr.HTML
     budget_words: gr.HTML
 
@@ -106,8 +106,20 @@ def _wire_form(context: AppContext, main: _Main, widgets: dict[str, Any], load: 
     load(open_page, None, [main.preset, *fields], **QUIET)
     main.preset.input(fill, main.preset, fields, **QUIET)
     main.upload.upload(keep, main.upload, widgets["dataset"])
+    method, own = widgets["method"], [widgets[name] for name in OWN_FIELDS]
+    method.change(_show_method, method, [main.method_words, *own], **QUIET)
     targets, patterns = widgets["targets"], widgets["target_patterns"]
     targets.change(lambda choice: gr.update(visible=choice == form.PATTERNS), targets, patterns, **QUIET)
+
+
+def _show_method(method: str) -> list[Any]:
+    """Say what the method does, and show the fields that only it reads."""
+    shown = form.own_fields(method)
+    words = METHODS[cast(Method, method)]
+    return [
+        f"<span>{escape(words[0].upper() + words[1:])}</span>",
+        *(gr.update(visible=name in shown) for name in OWN_FIELDS),
+    ]
 
 
 def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any]) -> None:
@@ -141,14 +153,19 @@ def _draw_main(widgets: dict[str, Any]) -> _Main:
         widgets["dataset"].render()
         upload = gr.UploadButton("Upload", file_types=_UPLOADS, size="md", elem_id="upload")
     dataset_facts = gr.HTML(elem_classes="st-facts")
-    for name in ("method", "targets", "target_patterns"):
+    widgets["method"].render()
+    method_words = gr.HTML(elem_classes="st-facts")
+    with gr.Row(elem_classes="st-two"):
+        for name in OWN_FIELDS:
+            widgets[name].render()
+    for name in ("quantization", "targets", "target_patterns"):
         widgets[name].render()
     density_words = _draw_density(widgets["density"])
     budget_words = _draw_budget(widgets["budget_gib"])
     with gr.Row(elem_classes="st-three"):
         for name in ("sequence_length", "micro_batch_size", "gradient_accumulation"):
             widgets[name].render()
-    return _Main(preset, upload, dataset_facts, model_facts, density_words, budget_words)
+    return _Main(preset, upload, dataset_facts, model_facts, method_words, density_words, budget_words)
 
 
 def _draw_density(number: Any) -> gr.HTML:
@@ -232,24 +249,10 @@ def _fit(output: str) -> Callable[..., list[Any]]:
     return fit
 
 
-def start_run(spec: RunSpec) -> Run:
-    """Create the run that `spec` asks for and start its worker.
-
-    Raises:
-        EngineError: the spec does not fit, the model has no weights, or the worker does not start.
-    """
-    plan = make_plan(spec)
-    require_fit(plan)
-    require_weights(spec.model)
-    run = runs.create_run(spec, plan.to_dict())
-    workers.start_worker(run)
-    return run
-
-
 def _start(output: str) -> Callable[..., tuple[str, Any]]:
     def start(*values: Any) -> tuple[str, Any]:
         try:
-            return "", start_run(form.read_form(values, output)).id
+            return "", workers.start_run(form.read_form(values, output)).id
         except Exception as error:
             return cards.callout(explain(error, "starting the run").sentences), gr.skip()
 

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,12 @@ def test_lines_of_another_version_are_passed_over(tmp_path: Path) -> None:
     EventWriter(run.events_path).write(Warned("third"))
     records, _ = runs.read_events(run)
     assert [(record.seq, record.event) for record in records] == [(3, Warned("third"))]
+
+
+def test_many_may_look_for_a_worker_at_once(tmp_path: Path) -> None:
+    """A look must not take another look for a worker."""
+    run = _run(tmp_path)
+    with runs.run_lock(run):
+        pass
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(lambda _: runs.has_worker(run), range(400)))

@@ -82,3 +82,17 @@ def test_every_field_has_words_for_a_person() -> None:
 @pytest.mark.parametrize("name", list_presets())
 def test_preset_loads(name: str) -> None:
     assert load_preset(name).model
+
+
+def test_scalars_mean_what_their_field_means() -> None:
+    values = apply_overrides({}, ["model=2024", "dataset=2024-13-45", "density=true"])
+    assert _problems(**values) == {"density": "density must be in (0, 1], got 'true'. For 5 percent write 0.05."}
+    spec = parse_spec({**values, "density": 0.1})
+    assert (spec.model, spec.dataset) == ("2024", "2024-13-45")
+
+
+def test_spec_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"model: \xff\xfe")
+    with pytest.raises(InvalidSpecError, match="is no text in UTF-8"):
+        load_values(path)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,10 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    command = [sys.executable, "app.py", "--demo", "--port", "0", "--no-browser", "--runs", str(tmp_path)]
+@contextmanager
+def _served(folder: Path, *arguments: str) -> Iterator[str]:
+    """Run the app over the runs in `folder`; yield its address. What still trains is stopped at the end."""
+    command = [sys.executable, "app.py", "--port", "0", "--no-browser", "--runs", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     app = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
     assert app.stdout is not None
@@ -48,18 +50,34 @@ def address(tmp_path: Path) -> Iterator[str]:
     yield match[1]
     app.terminate()
     app.wait(20)
-    for run in runs.list_runs(tmp_path):
+    for run in runs.list_runs(folder):
         runs.send_request(run, "stop")
         workers.wait_for_end(run)
 
 
-def test_train_reload_stop_and_chat(page: Page, address: str, tmp_path: Path) -> None:
+def _ask_both(page: Page, question: str) -> None:
+    page.get_by_role("tab", name="Chat", exact=True).click()
+    expect(page.locator("#chat-box textarea")).to_be_visible()
+    page.locator("#chat-box textarea").fill(question)
+    page.locator("#chat-send").click()
+    for side in ("base", "tuned"):
+        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_text(re.compile(r"\w"), timeout=CHAT_S)
+
+
+def test_train_reload_stop_and_chat(page: Page, tmp_path: Path) -> None:
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
+    with _served(tmp_path, "--demo") as address:
+        page.goto(address)
+        _watch_reload_and_stop(page, tmp_path)
+        _ask_both(page, "Where is the cat?")
+    assert not errors
+
+
+def _watch_reload_and_stop(page: Page, folder: Path) -> None:
     expect(page.locator("#tabs")).to_be_visible(timeout=20_000)
     expect(page.locator(POINTS).first).to_be_visible(timeout=TRAIN_S)
-    run = runs.list_runs(tmp_path)[0]
+    run = runs.list_runs(folder)[0]
 
     page.reload()
     expect(page.locator(POINTS).first).to_be_visible(timeout=TRAIN_S)
@@ -69,10 +87,19 @@ def test_train_reload_stop_and_chat(page: Page, address: str, tmp_path: Path) ->
     page.locator("#stop").click()
     expect(page.locator("#progress")).to_contain_text("Stopped", timeout=TRAIN_S)
 
-    page.get_by_role("tab", name="Chat", exact=True).click()
-    expect(page.locator("#chat-run input")).to_have_value(run.id)
-    page.locator("#chat-box textarea").fill("Where is the cat?")
-    page.locator("#chat-send").click()
-    for side in ("base", "tuned"):
-        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_text(re.compile(r"\w"), timeout=CHAT_S)
-    assert not errors
+
+def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
+    with _served(tmp_path) as address:
+        page.goto(address)
+        page.get_by_label("SpIEL-AG").check(timeout=20_000)
+        expect(page.locator("#field-period")).to_be_visible()
+        page.get_by_label("NF4").check()
+        page.get_by_text("Training, schedule and evaluation").click()
+        page.locator("#field-max_steps input").fill("25")
+        page.locator("#field-exact_match_rows input").fill("0")
+        page.locator("#start").click()
+        expect(page.locator("#progress")).to_contain_text("Finished", timeout=2 * TRAIN_S)
+        run = runs.list_runs(tmp_path)[0]
+        assert (runs.read_spec(run).method, runs.read_spec(run).quantization) == ("spiel-ag", "nf4")
+        assert runs.read_report(run)["steps"] == 25
+        _ask_both(page, "Where does a fox live?")

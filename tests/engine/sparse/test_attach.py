@@ -141,3 +141,41 @@ def test_random_choice_catches_less_gradient_than_the_best(tiny_llama: LlamaForC
     tuning.probe = GradientProbe()
     _backward(tiny_llama, torch.randint(0, 128, (2, 12)))
     assert tuning.probe.overall.selected < 0.5 * tuning.probe.overall.best
+
+
+class _WithUnused(nn.Module):
+    """A Llama and a layer that no gradient reaches."""
+
+    def __init__(self, inner: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.inner = inner
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, **inputs: Tensor) -> object:
+        return self.inner(**inputs)
+
+
+def test_weight_without_gradient_stays_as_it_is(tiny_llama: LlamaForCausalLM) -> None:
+    model = _WithUnused(tiny_llama)
+    base = model.unused.weight.detach().clone()
+    tuning = attach(model, _spec(targets="all"))
+    tuning.begin_selection(1)
+    optimizer = build_optimizer(tuning.entries, tuning.spec)
+    for _ in range(2):
+        _backward(model, torch.randint(0, 128, (2, 12)))
+        tuning.end_micro_step()
+        _step(tuning, optimizer)
+    assert torch.equal(model.unused.weight, base)
+    assert "unused.weight" not in tuning.delta().tensors
+    assert "unused.weight.indices" not in tuning.state()
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+def test_magnitude_chooses_exactly_also_beside_outliers_in_bf16(tiny_llama: LlamaForCausalLM, order: str) -> None:
+    weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+    weight.data[0, 0] = 100.0
+    tuning = attach(tiny_llama.bfloat16(), _spec(method="magnitude", magnitude=order))
+    entry = next(entry for entry in tuning.entries if entry.name.endswith("0.mlp.up_proj.weight"))
+    sizes = weight.detach().abs().flatten()
+    expected = sizes.topk(entry.num_active, largest=order == "largest").values.sort().values
+    assert torch.equal(sizes[entry.placed.long()].sort().values, expected)

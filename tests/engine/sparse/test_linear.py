@@ -15,9 +15,9 @@ from engine.sparse.delta import SparseDelta
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.linear import SparseDeltaLinear
 from engine.sparse.optimizers import build_optimizer
-from engine.spec import RunSpec, choices
+from engine.spec import BASELINES, RunSpec, choices
 
-METHODS = choices("method")
+METHODS = [method for method in choices("method") if method not in BASELINES]
 
 
 def _spec(method: str) -> RunSpec:

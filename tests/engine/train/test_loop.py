@@ -12,12 +12,11 @@ from engine.data.batches import prepare_data
 from engine.errors import TrainingError
 from engine.events import Event, Probed, Selected, Stepped
 from engine.models import load_model, load_tokenizer
-from engine.sparse.attach import attach
-from engine.sparse.optimizers import build_optimizer
 from engine.spec import RunSpec, choices
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer, learning_rate_at
 from engine.train.memory import MemoryMeter
+from engine.train.tuning import start_tuning
 
 Make = Callable[..., tuple[Trainer, list[Event]]]
 
@@ -38,8 +37,8 @@ def make(model_folder: Path, dataset_folder: Path) -> Make:
         device = torch.device("cpu")
         tokenizer = load_tokenizer(spec)
         model = load_model(spec, device).double()
-        tuning = attach(model, spec)
-        optimizer = build_optimizer(tuning.entries, spec)
+        tuning = start_tuning(model, spec)
+        optimizer = tuning.make_optimizer()
         events: list[Event] = []
         trainer = Trainer(
             spec,
@@ -58,11 +57,11 @@ def make(model_folder: Path, dataset_folder: Path) -> Make:
     return make_trainer
 
 
-def _result(trainer: Trainer) -> dict[str, tuple[Tensor, Tensor]]:
-    return {entry.name: (entry.indices, entry.values.detach()) for entry in trainer.tuning.entries}
+def _result(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in trainer.tuning.state().items() if "candidates" not in name}
 
 
-@pytest.mark.parametrize("method", ["sift", "spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize("method", ["sift", "spiel-ag", "spiel-ma", "lora", "ia3", "full"])
 @pytest.mark.parametrize(("rows", "accumulation"), [(2, 4), (1, 8)])
 def test_accumulation_changes_nothing(make: Make, method: str, rows: int, accumulation: int) -> None:
     """Rows have unequal label counts, so this holds only because the loss is per labelled token of the step."""
@@ -71,9 +70,8 @@ def test_accumulation_changes_nothing(make: Make, method: str, rows: int, accumu
     split, _ = make(micro_batch_size=rows, gradient_accumulation=accumulation, **fields)
     whole.run()
     split.run()
-    for name, (indices, values) in _result(whole).items():
-        assert torch.equal(indices, _result(split)[name][0]), name
-        torch.testing.assert_close(values, _result(split)[name][1], atol=1e-9, rtol=0)
+    for name, tensor in _result(whole).items():
+        torch.testing.assert_close(tensor, _result(split)[name], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -97,9 +95,8 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(
     resumed, _ = make(**fields)
     resumed.step = load_checkpoint(tmp_path / "6", resumed.tuning, resumed.optimizer).step
     resumed.run()
-    for name, (indices, values) in _result(whole).items():
-        assert torch.equal(indices, _result(resumed)[name][0]), name
-        assert torch.equal(values, _result(resumed)[name][1]), name
+    for name, tensor in _result(whole).items():
+        assert torch.equal(tensor, _result(resumed)[name]), name
 
 
 def test_selection_may_look_at_more_batches_than_a_step_has(make: Make) -> None:
@@ -107,8 +104,8 @@ def test_selection_may_look_at_more_batches_than_a_step_has(make: Make) -> None:
     longer, _ = make(micro_batch_size=8, gradient_accumulation=1, selection_micro_steps=2, max_steps=1)
     step.run()
     longer.run()
-    for name, (indices, _) in _result(step).items():
-        assert torch.equal(indices, _result(longer)[name][0]), name
+    for name, tensor in _result(step).items():
+        assert not name.endswith("indices") or torch.equal(tensor, _result(longer)[name]), name
 
 
 def test_events_come_in_order_and_loss_falls(make: Make) -> None:

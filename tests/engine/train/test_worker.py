@@ -138,6 +138,31 @@ def test_second_run_waits_its_turn_and_can_be_stopped_while_it_waits(make: Start
     assert [runs.read_status(run).state for run in (first, second)] == ["stopped", "stopped"]
 
 
+def test_stop_in_the_last_evaluation_leaves_a_run_that_can_go_on(make: Start) -> None:
+    run = make(max_steps=3)
+    workers.start_worker(run)
+    _wait_for_step(run, 3)
+    runs.send_request(run, "stop")  # after the last step, before or in the evaluation of the result
+    _wait_for_end(run)
+    if runs.read_status(run).state == "stopped":
+        workers.start_worker(run)
+        _wait_for_end(run)
+    assert runs.read_status(run).state == "finished", runs.log_tail(run)
+    assert runs.read_report(run)["evaluation_loss"]["tuned"] is not None
+
+
+def test_stop_before_the_first_step_keeps_no_half_figures(make: Start) -> None:
+    run = make(max_steps=3)
+    workers.start_worker(run)
+    runs.send_request(run, "stop")
+    _wait_for_end(run)
+    assert runs.read_status(run).state == "stopped", runs.log_tail(run)
+    assert not any(isinstance(event, Evaluated) for event in _events(run))
+    workers.start_worker(run)
+    _wait_for_end(run)
+    assert runs.read_report(run)["evaluation_loss"]["base"] is not None
+
+
 def test_failure_is_one_sentence_in_the_status(make: Start, tmp_path: Path) -> None:
     run = make(dataset=str(tmp_path / "missing.jsonl"))
     workers.start_worker(run)

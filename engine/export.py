@@ -1,0 +1,247 @@
+"""The result of a run in formats that other tools load: a merged model, or a PEFT adapter of type SUPERTUNING.
+
+Safetensors only. Every folder gets a model card.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine.errors import DeltaError, EngineError
+from engine.events import ModelLoaded
+from engine.hardware import resolve_device
+from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors
+from engine.planner.shape import resolve_model
+from engine.runs import Run, read_events, read_report, read_spec, write_json
+from engine.sparse.base_weight import NF4Weight, base_weights
+from engine.sparse.delta import SparseDelta
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.linear import rebuild_weight
+from engine.spec import RunSpec
+from engine.units import format_percent
+
+Kind = Literal["merged", "peft"]
+USE = {
+    "merged": "A whole model: `AutoModelForCausalLM.from_pretrained` loads this folder.\n",
+    "peft": "A PEFT adapter (peft 0.21.2 or later): load {base} with `AutoModelForCausalLM.from_pretrained`, then this "
+    "folder with `PeftModel.from_pretrained(model, folder)`.\n",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    kind: Kind
+    folder: Path
+    num_bytes: int
+    """Of all files."""
+    dtype: str
+    """Of the model: float32, bfloat16 or float16."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Measured on the way; see `merge` and `export_peft`."""
+
+
+def export(run: Run, folder: Path, kind: Kind) -> Exported:
+    """Write the result of `run` into `folder` as `kind`; see `merge` and `export_peft`."""
+    return merge(run, folder) if kind == "merged" else export_peft(run, folder)
+
+
+def merge(run: Run, folder: Path) -> Exported:
+    """Write base + delta as a dense model with its tokenizer, in the dtype that the run computed in.
+
+    An NF4 base is dequantised first. What its users lose who quantise the merged model again is then in `figures`:
+    `requantised_error_max` and `requantised_error_rms`, over all entries of the NF4 weights, and `delta_rms`, the
+    delta over the same entries, to compare with.
+
+    Args:
+        run: with a delta.
+        folder: new or empty.
+
+    Raises:
+        EngineError: the folder is not empty or cannot be written; the delta or the model cannot be loaded.
+    """
+    folder = _require_free(folder)
+    delta = SparseDelta.load(run.delta_path)
+    spec = _spec_as_run(run)
+    quantised = delta.info.quantization == "nf4"
+    device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
+    model = load_model(spec, device)
+    entries = delta.apply(model)
+    if quantised:
+        model = _dense(spec, model, entries)
+    tokenizer = load_tokenizer(spec)
+    figures: dict[str, float] = {}
+    with _filling(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if quantised:
+            figures = _requantised_error(spec, partial, model, delta, device)
+        card = _model_card("merged", spec, delta, read_report(run), figures)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Exported("merged", folder, _size(folder), spec.dtype, figures)
+
+
+def _spec_as_run(run: Run) -> RunSpec:
+    """Return the spec with `auto` resolved to the dtype that the run computed in, wherever that was."""
+    spec = read_spec(run)
+    loaded = [record.event.dtype for record in read_events(run)[0] if isinstance(record.event, ModelLoaded)]
+    if not loaded:
+        dtype = resolve_dtype(spec.dtype, torch.device(resolve_device(spec.device).name))
+        loaded = [str(dtype).removeprefix("torch.")]
+    return spec.model_copy(update={"dtype": loaded[-1]})
+
+
+@torch.no_grad()
+def _dense(spec: RunSpec, model: PreTrainedModel, entries: list[ActiveEntries]) -> PreTrainedModel:
+    """Return the dense model, on the CPU, that computes what an NF4 model with applied `entries` computes."""
+    weights, applied = base_weights(model), {entry.name: entry for entry in entries}
+    dense = load_model(spec.model_copy(update={"quantization": "none"}), torch.device("cpu"))
+    for name, parameter in dense.named_parameters():
+        weight = weights[name]
+        if name in applied:
+            parameter.copy_(rebuild_weight(applied[name], parameter.dtype))
+        else:
+            parameter.copy_(weight.dense() if isinstance(weight, NF4Weight) else weight)
+    return dense
+
+
+def _requantised_error(
+    spec: RunSpec, folder: Path, merged: PreTrainedModel, delta: SparseDelta, device: torch.device
+) -> dict[str, float]:
+    """Load the merged model in NF4, as its users would, and compare it with itself."""
+    again = load_model(spec.model_copy(update={"model": str(folder), "model_revision": None}), device)
+    largest = squares = delta_squares = 0.0
+    count = 0
+    for name, weight in base_weights(again).items():
+        if isinstance(weight, NF4Weight):
+            error = weight.dense().float() - merged.get_parameter(name).detach().to(device).float()
+            largest = max(largest, error.abs().max().item())
+            squares += error.square().sum(dtype=torch.float64).item()
+            count += error.numel()
+            if name in delta.tensors:
+                delta_squares += delta.tensors[name][1].square().sum(dtype=torch.float64).item()
+    return {
+        "requantised_error_max": largest,
+        "requantised_error_rms": math.sqrt(squares / count),
+        "delta_rms": math.sqrt(delta_squares / count),
+    }
+
+
+def export_peft(run: Run, folder: Path) -> Exported:
+    """Write the delta as a PEFT adapter, which `PeftModel.from_pretrained` loads over the dense base.
+
+    PEFT rounds each value to the dtype of the base before it adds it, while a run rounds the sum once. `figures` has
+    `share_rounded_otherwise`, the share of the trained entries that differ for that, 0 to 1: 0 in float32.
+
+    Args:
+        run: with a delta over a dense base, of linear layers only.
+        folder: new or empty.
+
+    Raises:
+        DeltaError: PEFT has no place for this delta; the sentence offers the merge.
+        EngineError: the folder is not empty or cannot be written; the delta or the model cannot be loaded.
+    """
+    folder = _require_free(folder)
+    delta = SparseDelta.load(run.delta_path)
+    if delta.info.quantization == "nf4":
+        raise DeltaError(
+            "A PEFT adapter of sparse values needs a dense base, and this run has quantization=nf4: PEFT would size "
+            f"the adapter by the packed weights. {MERGE_INSTEAD}"
+        )
+    spec = _spec_as_run(run)
+    model = load_model(spec, torch.device("cpu"))
+    figures = {"share_rounded_otherwise": _rounded_otherwise(delta.apply(model))}
+    tensors, sparsity = peft_tensors(delta, model)
+    with _filling(folder) as partial:
+        save_file(tensors, partial / PEFT_WEIGHTS, metadata={"format": "pt"})
+        write_json(partial / PEFT_CONFIG, peft_config(spec, delta, sparsity))
+        write_json(partial / "delta.json", asdict(delta.info))
+        card = _model_card("peft", spec, delta, read_report(run), figures)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Exported("peft", folder, _size(folder), spec.dtype, figures)
+
+
+def _rounded_otherwise(entries: list[ActiveEntries]) -> float:
+    differing = 0
+    for entry in entries:
+        assert isinstance(entry.weight, nn.Parameter)
+        assert entry.base is not None
+        ours = entry.weight.detach().view(-1).index_select(0, entry.placed)
+        differing += int((entry.base + entry.values.to(entry.base.dtype) != ours).sum())
+    return differing / max(1, sum(entry.num_active for entry in entries))
+
+
+def _model_card(
+    kind: Kind, spec: RunSpec, delta: SparseDelta, report: Mapping[str, Any], figures: Mapping[str, float]
+) -> str:
+    """Return README.md: what it is, what it was made from, what it reached on rows held out."""
+    base, dataset = (
+        Path(name).name if Path(name).is_absolute() else name for name in (spec.model, spec.dataset or "unknown")
+    )
+    header: dict[str, Any] = {"library_name": "transformers" if kind == "merged" else "peft", "tags": [spec.method]}
+    if not isinstance(resolve_model(spec.model, spec.model_revision), Path):
+        header["base_model"] = base
+    facts = {
+        "Base model": base + (f", revision {spec.model_revision}" if spec.model_revision else ""),
+        "Base weights": f"{spec.dtype}, quantization {spec.quantization}",
+        "Method": delta.info.method,
+        "Density": f"{format_percent(delta.info.density)} of the target weights, {delta.num_active:,} entries",
+        "Dataset": dataset,
+        "Steps": report.get("steps", "not reported"),
+        "Held-out loss per token": _figures(report, "evaluation_loss"),
+        "Held-out exact match": _figures(report, "exact_match"),
+        **{name.replace("_", " ").capitalize(): f"{figure:.3g}" for name, figure in figures.items()},
+    }
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    title = f"# {base} tuned by {delta.info.method} on {dataset}"
+    return f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{USE[kind].format(base=base)}\n| | |\n|---|---|\n{rows}"
+
+
+def _figures(report: Mapping[str, Any], name: str) -> str:
+    sides = {side: (report.get(name) or {}).get(side) for side in ("base", "tuned")}
+    return ", ".join(f"{side} {'not measured' if each is None else f'{each:.3f}'}" for side, each in sides.items())
+
+
+def _require_free(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise EngineError(f"{str(folder)!r} cannot be read: {error.strerror}. Name another folder.") from None
+    if taken:
+        raise EngineError(
+            f"An export goes into a new or an empty folder, and {str(folder)!r} is neither. Name another."
+        )
+    return folder
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[Path]:
+    """Yield a folder inside `folder` whose files move up once all are written; nothing stays of a failure."""
+    partial = folder / ".partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in list(partial.iterdir()):
+            path.rename(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{str(folder)!r} cannot be written: {error}. Name another folder.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,83 @@
+"""The result of a run over its base model: put in and taken out, exactly."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.errors import DeltaError
+from engine.sparse.base_weight import base_weights
+from engine.sparse.delta import SparseDelta, read_info, require_base
+from engine.train.baselines import keep_dtype_of_ia3
+
+Switch = Callable[[bool], None]
+
+
+def apply_result(model: PreTrainedModel, folder: Path) -> Switch:
+    """Put the result in `folder` into `model`, its base.
+
+    Returns:
+        A function that takes the result out (False), after which the model is its base bit for bit, and in (True).
+
+    Raises:
+        DeltaError: there is no result that can be read, or the model is not its base.
+    """
+    info = read_info(folder)
+    if info.method in ("lora", "ia3", "full"):
+        require_base(info, base_weights(model))
+        try:
+            return _full(model, folder) if info.method == "full" else _adapter(model, folder)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise DeltaError(
+                f"The {info.method} result in {str(folder)!r} cannot be read ({type(error).__name__}: {error}). "
+                "Train the run again."
+            ) from error
+    return _sparse(model, folder)
+
+
+def _sparse(model: PreTrainedModel, folder: Path) -> Switch:
+    entries = SparseDelta.load(folder).apply(model)
+
+    def switch(applied: bool) -> None:
+        for entry in entries:
+            if applied:
+                entry.write_back()
+            else:
+                entry.restore()
+
+    return switch
+
+
+def _adapter(model: PreTrainedModel, folder: Path) -> Switch:
+    adapter = PeftModel.from_pretrained(model, str(folder)).eval()
+    keep_dtype_of_ia3(adapter)
+    layers: Any = adapter.base_model
+
+    def switch(applied: bool) -> None:
+        if applied:
+            layers.enable_adapter_layers()
+        else:
+            layers.disable_adapter_layers()
+
+    return switch
+
+
+def _full(model: PreTrainedModel, folder: Path) -> Switch:
+    """Both copies of the trained weights lie in main memory; the model holds one of them."""
+    weights = dict(model.named_parameters())
+    tuned: dict[str, Tensor] = load_file(folder / "delta.safetensors")
+    base = {name: weights[name].detach().cpu().clone() for name in tuned}
+
+    @torch.no_grad()
+    def switch(applied: bool) -> None:
+        for name, tensor in (tuned if applied else base).items():
+            weights[name].copy_(tensor)
+
+    switch(True)
+    return switch
