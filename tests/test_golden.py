@@ -57,11 +57,11 @@ def _spec(settings: dict[str, Any]) -> RunSpec:
     )
 
 
-def _attach(model: LlamaForCausalLM, settings: dict[str, Any]) -> SparseTuning:
+def _attach(model: LlamaForCausalLM, settings: dict[str, Any], *, functions: bool) -> SparseTuning:
     """Attach the method; the SpIEL cases start from given entries instead of a density."""
     spec = _spec(settings)
     if "init" not in settings:
-        tuning = attach(model, spec)
+        tuning = attach(model, spec, functions=functions)
         tuning.begin_selection(1 if settings["selection"] == "first micro-step" else spec.gradient_accumulation)
         return tuning
     start = load_file(GOLDEN_DIR / settings["init"])
@@ -71,7 +71,7 @@ def _attach(model: LlamaForCausalLM, settings: dict[str, Any]) -> SparseTuning:
             indices = start[name].sort().values.to(index_dtype(parameter.numel()))
             entries.append(ActiveEntries(name, parameter, len(indices)))
             entries[-1].place(indices)
-    return SparseTuning(model, entries, spec)
+    return SparseTuning(model, entries, spec, functions=functions)
 
 
 @dataclass
@@ -83,11 +83,11 @@ class Outcome:
     replaced: dict[str, int]
 
 
-def _train(model: LlamaForCausalLM, settings: dict[str, Any], batches: torch.Tensor) -> Outcome:
+def _train(model: LlamaForCausalLM, settings: dict[str, Any], batches: torch.Tensor, *, functions: bool) -> Outcome:
     accumulation = settings["accumulation"]
-    tuning = _attach(model, settings)
+    tuning = _attach(model, settings, functions=functions)
     betas = tuple(settings.get("betas", (0.9, 0.999)))
-    optimizer = build_optimizer(tuning.entries, tuning.spec, betas=betas, eps=settings["eps"])
+    optimizer = build_optimizer(tuning.entries, tuning.spec, betas=betas, eps=settings.get("eps"))
     tuning.begin_reselection(optimizer, settings["steps"])
     outcome = Outcome(tuning.entries, [], {})
     for step in range(1, settings["steps"] + 1):
@@ -107,11 +107,13 @@ def _train(model: LlamaForCausalLM, settings: dict[str, Any], batches: torch.Ten
     return outcome
 
 
+@pytest.mark.parametrize("way", ["hook", "function"])
 @pytest.mark.parametrize("case", _cases())
-def test_reproduces_golden_trace(case: str, fixture: dict[str, torch.Tensor]) -> None:
+def test_reproduces_golden_trace(case: str, way: str, fixture: dict[str, torch.Tensor]) -> None:
     body = json.loads((GOLDEN_DIR / f"{case}.json").read_text())
     expected = load_file(GOLDEN_DIR / f"{case}.safetensors")
-    outcome = _train(_model(fixture, body["settings"]), body["settings"], fixture["batches"])
+    model = _model(fixture, body["settings"])
+    outcome = _train(model, body["settings"], fixture["batches"], functions=way == "function")
 
     torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(body["micro_loss"]), atol=1e-4, rtol=0)
     assert outcome.replaced == pytest.approx(body["reselect"] or {}, rel=0.005)
