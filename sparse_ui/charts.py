@@ -50,7 +50,7 @@ def loss_figure(steps: Sequence[Stepped], evaluations: Sequence[Evaluated], key:
     figure.add_trace(_line(at[keep], smooth[keep], BLUE, "train, running mean"))
     figure.add_trace(_line(held_at, held_loss, CORAL, "held-out", mode="lines+markers"))
     _span(figure, steps)
-    return figure
+    return _finished(figure)
 
 
 def coverage_figure(probes: Sequence[Probed], steps: Sequence[Stepped], key: str) -> go.Figure:
@@ -68,7 +68,7 @@ def coverage_figure(probes: Sequence[Probed], steps: Sequence[Stepped], key: str
         figure.add_trace(_line(at, shares, colour, label, mode="lines+markers", dash=dash))
     figure.update_yaxes(rangemode="tozero")
     _span(figure, steps)
-    return figure
+    return _finished(figure)
 
 
 def memory_figure(steps: Sequence[Stepped], planned: PlannedMemory | None, key: str) -> go.Figure:
@@ -90,7 +90,7 @@ def memory_figure(steps: Sequence[Stepped], planned: PlannedMemory | None, key: 
         figure.add_trace(_line(ends, level, GREY, "planned peak", width=1.5, dash="dash"))
     figure.update_yaxes(rangemode="tozero")
     _span(figure, steps)
-    return figure
+    return _finished(figure)
 
 
 def gradient_figure(probe: Probed | None, key: str) -> go.Figure:
@@ -116,7 +116,7 @@ def gradient_figure(probe: Probed | None, key: str) -> go.Figure:
     figure.update_layout(hovermode="closest", margin={"l": 4, "r": 0, "t": 8, "b": 4})
     figure.update_xaxes(type="category", title={"text": "layer", "standoff": 4, "font": {"size": 11}}, showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed", dtick=1)
-    return figure
+    return _finished(figure)
 
 
 def comparison_figure(runs: Sequence[tuple[str, Sequence[Stepped], Sequence[Evaluated]]]) -> go.Figure:
@@ -135,7 +135,7 @@ def comparison_figure(runs: Sequence[tuple[str, Sequence[Stepped], Sequence[Eval
         held = [evaluations[index] for index in spread(len(evaluations), limit)]
         held_at, held_loss = np.array([item.step for item in held]), np.array([item.loss for item in held])
         figure.add_trace(_line(held_at, held_loss, colour, f"{name}, held-out", dash="dot", legend=False))
-    return figure
+    return _finished(figure)
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -243,4 +243,13 @@ def _figure(key: str, *, hover: str = "", suffix: str = "", height: int = _HEIGH
     figure.update_yaxes(**axis, hoverformat=hover, nticks=5)
     if suffix:
         figure.update_yaxes(ticksuffix=suffix)
+    return figure
+
+
+def _finished(figure: go.Figure) -> go.Figure:
+    """Return the figure; where it has no points yet, words instead of axes that mean nothing."""
+    if all(trace.x is None or not len(trace.x) for trace in figure.data):
+        figure.update_xaxes(visible=False)
+        figure.update_yaxes(visible=False)
+        figure.add_annotation(text="Nothing yet", showarrow=False, font={"color": _TEXT}, xref="paper", yref="paper")
     return figure

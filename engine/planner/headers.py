@@ -68,6 +68,9 @@ def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
                 raise ValueError(length)
             body = json.loads(file.read(length))
         body.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in body.values()), default=0)
+        if path.stat().st_size < _LENGTH_BYTES + length + end:
+            raise ValueError(end)
         return {name: entry for name, entry in body.items() if entry["shape"] is not None and entry["dtype"]}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise ModelError(f"{str(path)!r} is not a whole safetensors file. Download the model again.") from None

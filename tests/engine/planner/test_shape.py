@@ -125,6 +125,15 @@ def test_a_torn_weight_file_is_an_error(content: bytes, config_folder: Callable[
         read_shape(str(folder))
 
 
+def test_a_weight_file_cut_short_is_an_error(config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder())
+    save_file({"model.embed_tokens.weight": torch.zeros(64, 8)}, folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match="is not a whole safetensors file"):
+        read_shape(str(folder))
+
+
 def test_an_unreadable_config_is_an_error(config_folder: Callable[..., str]) -> None:
     folder = Path(config_folder())
     (folder / "config.json").write_text("[1")
