@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine import runs
@@ -150,8 +151,8 @@ def notes_html(run: Run, status: RunStatus, history: History) -> str:
 
 
 def short_name(name: str) -> str:
-    """Return the last parts of a path, or a name as it is: `demo/model`, `org/model`."""
-    return "/".join(name.rstrip("/").split("/")[-2:])
+    """Return the last part of a path, or a name as it is: `notes.jsonl`, `demo/pirate`, `org/model`."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _spec_of(run: Run) -> RunSpec | None:
