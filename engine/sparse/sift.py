@@ -13,6 +13,14 @@ from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import select_topk_indices
 
 
+def add_in_host_memory(sums: dict[str, Tensor], entry: ActiveEntries, grad: Tensor) -> None:
+    """Add the dense gradient of one weight to its sum in host memory, in the dtype of the values."""
+    if entry.name in sums:
+        sums[entry.name].add_(grad.to("cpu", entry.values.dtype))
+    else:
+        sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
+
+
 class FirstGradientSelection:
     """Watches the first dense gradients and places the entries of each weight by them.
 
@@ -53,10 +61,8 @@ class FirstGradientSelection:
             grad = grad.to(entry.values.dtype).square()
         if self._sums is None:
             self._choose(entry, grad)
-        elif entry.name in self._sums:
-            self._sums[entry.name].add_(grad.to("cpu", entry.values.dtype))
         else:
-            self._sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
+            add_in_host_memory(self._sums, entry, grad)
 
     def end_micro_step(self) -> None:
         """Count a micro-batch; after the last one, place what is not placed yet."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.selection import select_topk_indices
+from engine.sparse.sift import add_in_host_memory
 from engine.sparse.sm3 import SM3, grow_by_momenta
 
 
@@ -196,10 +197,7 @@ class SpielAG:
         if self._phase_step == 1 and self._micro_steps == 1:
             self._choose_candidates(entry, grad)
         elif self._phase_step == 1:
-            if entry.name in self._sums:
-                self._sums[entry.name].add_(grad.to("cpu", entry.values.dtype))
-            else:
-                self._sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
+            add_in_host_memory(self._sums, entry, grad)
         elif self._phase_step:
             candidates = self.candidates[entry.name]
             candidates.grad.add_(grad.reshape(-1).index_select(0, candidates.indices))
