@@ -62,6 +62,13 @@ def main_memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def selection_memory_bytes(memory_gib: float | None) -> int:
+    """Return how much main memory sums of gradients may take: what a spec says, or half of what is free now."""
+    if memory_gib is not None:
+        return int(memory_gib * GIB)
+    return int(psutil.virtual_memory().available) // 2
+
+
 def resolve_device(name: str) -> Device:
     """Return the device that a spec's `device` means on this computer.
 

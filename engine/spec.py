@@ -23,6 +23,7 @@ METHODS: dict[Method, str] = {
     "full": "trains every entry of the targets, to compare with.",
 }
 SPIEL_METHODS: tuple[Method, ...] = ("spiel-ag", "spiel-ma")
+SELECTING: tuple[Method, ...] = ("sift", "fisher")  # choose their entries from first gradients
 BASELINES: tuple[Method, ...] = ("lora", "ia3", "full")  # not sparse: what a person compares with
 Role = Literal["instruction", "input", "output", "system", "messages", "text"]
 
@@ -162,9 +163,44 @@ class RunSpec(BaseModel):
             "Of sift and fisher: micro-batches whose gradient chooses the entries. Empty: those of the first optimizer "
             "step.",
             "micro-batches",
-            methods=("sift", "fisher"),
+            methods=SELECTING,
         ),
     ] = None
+    selection_memory_gib: Annotated[
+        float | None,
+        Field(gt=0),
+        About(
+            "method",
+            "Selection memory",
+            "Most main memory for summing the gradients of several micro-batches that choose entries. Where they need "
+            "more, the weights are done in groups, one pass over the micro-batches each, with the same result. Empty: "
+            "half of what is free.",
+            "GiB",
+            methods=("sift", "fisher", "spiel-ag"),
+        ),
+    ] = None
+    reselection_period: Annotated[
+        int | None,
+        Field(ge=2),
+        About(
+            "method",
+            "Choose anew every",
+            "Of sift and fisher: steps after which the entries are chosen anew; those that leave keep their change, so "
+            "the result grows. Empty: chosen once, as the paper does.",
+            "steps",
+            methods=SELECTING,
+        ),
+    ] = None
+    allocation: Annotated[
+        Literal["uniform", "global"],
+        About(
+            "method",
+            "Budget",
+            "uniform: the same density in every weight, as both papers have it; global: the largest scores over all "
+            "weights together, so that the entries go to where the gradient is.",
+            methods=("sift", "fisher", "magnitude", "spiel-ag"),
+        ),
+    ] = "uniform"
     magnitude: Annotated[
         Literal["largest", "smallest"],
         About(

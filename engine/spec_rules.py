@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from engine.spec import BASELINES, RunSpec
+from engine.spec import BASELINES, SELECTING, RunSpec
 
 
 def optimizer_of(spec: RunSpec) -> Literal["adamw", "sm3", "sgd"]:
@@ -10,6 +10,17 @@ def optimizer_of(spec: RunSpec) -> Literal["adamw", "sm3", "sgd"]:
     if spec.optimizer != "auto":
         return spec.optimizer
     return "sm3" if spec.method == "spiel-ma" else "adamw"
+
+
+def selects_in(step: int, spec: RunSpec) -> bool:
+    """Return whether the entries of a run are chosen from gradients in `step`, from 1."""
+    period = spec.reselection_period
+    return spec.method in SELECTING and (step == 1 or (period is not None and (step - 1) % period == 0))
+
+
+def entries_move(spec: RunSpec) -> bool:
+    """Return whether trained entries change places, so that Adam must know the age of each."""
+    return spec.method == "spiel-ag" or (spec.method in SELECTING and spec.reselection_period is not None)
 
 
 def rule_problems(spec: RunSpec) -> dict[str, str]:
@@ -34,6 +45,22 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
         problems["quantization"] = (
             "quantization must be none for full, which trains the weights themselves, got 'nf4'. "
             "Use quantization=none, or method=lora."
+        )
+    if spec.reselection_period is not None and spec.method in SELECTING:
+        if optimizer_of(spec) not in ("adamw", "sm3", "sgd"):
+            problems["optimizer"] = (
+                f"optimizer must be adamw, sm3 or sgd with reselection_period, whose states can move, got "
+                f"{spec.optimizer!r}. Use optimizer=auto, or leave reselection_period empty."
+            )
+        if spec.max_steps is None:
+            problems["max_steps"] = (
+                "max_steps must be given with reselection_period, got none: they say how far the result can grow. "
+                "Set max_steps, or leave reselection_period empty."
+            )
+    if spec.allocation == "global" and spec.method == "spiel-ma":
+        problems["allocation"] = (
+            "allocation must be uniform for spiel-ma, whose accumulators of different weights do not compare, "
+            "got 'global'. Use allocation=uniform, or method=spiel-ag."
         )
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (

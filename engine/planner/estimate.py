@@ -13,7 +13,7 @@ from engine.planner.moments import run_moments, selection_host_bytes
 from engine.planner.shape import ModelShape
 from engine.planner.workload import Workload, build_workload
 from engine.spec import RunSpec
-from engine.spec_rules import optimizer_of
+from engine.spec_rules import entries_move, optimizer_of
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -132,6 +132,6 @@ def _resident(work: Workload) -> dict[str, int]:
         "indices": work.indices_bytes,
         "gradients": formulas.gradients_bytes(count) + candidates,
         "optimizer_states": formulas.optimizer_states_bytes(
-            count, optimizer_of(spec), accumulators=work.targets.accumulators, ages=spec.method == "spiel-ag"
+            count, optimizer_of(spec), accumulators=work.targets.accumulators, ages=entries_move(spec)
         ),
     }

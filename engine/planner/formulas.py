@@ -128,6 +128,29 @@ def draw_bytes(numel: int, num_active: int) -> int:
     return INT64_BYTES * (numel + 2 * num_active)
 
 
+def global_choice_bytes(num_active: int, element_bytes: int) -> int:
+    """Return what one choice over all weights keeps while they come: up to twice the budget, and the search beside it.
+
+    Of each entry its position, what it ranks by in fp32 and its gradient; the ranks joined, and an int64 place of each
+    one chosen.
+    """
+    return 2 * (FP32_BYTES + FP32_BYTES + element_bytes + FP32_BYTES) * num_active + INT64_BYTES * num_active
+
+
+def settled_bytes(num_active: int, target_numel: int, reselections: int, element_bytes: int) -> int:
+    """Return the most that entries take which are no longer trained but keep their change (`reselection_period`).
+
+    Of each its position, value and, over a dense base, base entry; every choice may leave all entries before it behind.
+
+    Args:
+        num_active: entries trained at once.
+        target_numel: entries of all targets, trained or not.
+        reselections: choices after the first.
+        element_bytes: of the base; 0 over NF4.
+    """
+    return (2 * FP32_BYTES + element_bytes) * min(reselections * num_active, target_numel - num_active)
+
+
 def accumulated_gradient_bytes(numels: Mapping[str, int]) -> int:
     """Return the dense gradient of all targets, fp32 in main memory, that a selection over micro-batches sums up."""
     return FP32_BYTES * sum(numels.values())

@@ -35,8 +35,9 @@ def run_moments(work: Workload) -> list[Moment]:
         return _baseline_moments(work)
     probe = formulas.probe_bytes(work.largest[0], e) if spec.probe_interval else 0
     reading = max(formulas.gather_bytes(work.active, e), probe)
+    moving = {"all": work.num_active} if spec.allocation == "global" else work.active  # replaced as one, or one by one
     update = max(
-        formulas.write_back_bytes(work.active, e), formulas.update_bytes(work.active, spec.method, optimizer_of(spec))
+        formulas.write_back_bytes(work.active, e), formulas.update_bytes(moving, spec.method, optimizer_of(spec))
     )
     return [*step_moments(work, reading), Moment("optimizer step", 0, update), *selection_moments(work)]
 
@@ -99,27 +100,30 @@ def selection_moments(work: Workload) -> list[Moment]:
     if method in ("random", "spiel-ma"):
         drawn = formulas.draw_bytes(numel, count) if work.on_cpu else 0
         return [Moment("selection", 0, drawn, () if method == "spiel-ma" else _UNSEEDED)]
+    together = formulas.global_choice_bytes(work.num_active, e) if work.spec.allocation == "global" else 0
     if method == "magnitude":
-        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e), _UNSEEDED)]
+        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e) + together, _UNSEEDED)]
     squares = formulas.FP32_BYTES * numel if method == "fisher" else 0
     if work.selection_micro_steps == 1:
-        steps = step_moments(work, squares + formulas.topk_bytes(numel, count, e))
+        steps = step_moments(work, squares + formulas.topk_bytes(numel, count, e) + together)
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
-        summed = formulas.accumulated_gradient_bytes(work.numels)
+        summed = work.summed_bytes
         steps = step_moments(work, squares + formulas.gather_bytes(work.active, e), summed if work.on_cpu else 0)
-        top = formulas.topk_bytes(numel, count, formulas.FP32_BYTES)
+        top = formulas.topk_bytes(numel, count, formulas.FP32_BYTES) + together
         steps.append(Moment("selection", 0, top + (summed if work.on_cpu else formulas.FP32_BYTES * numel)))
-    # SpIEL-AG chooses candidates again and again, beside the states; the others once, before there are any.
-    without = () if method == "spiel-ag" else _UNSEEDED
+    # Those who choose again do so beside the states; the others once, before there are any.
+    again = method == "spiel-ag" or work.spec.reselection_period is not None
+    without = () if again else _UNSEEDED
     return [Moment("selection", step.saved, step.transient, without) for step in steps]
 
 
 def selection_host_bytes(work: Workload) -> int:
-    """Return the main memory that the selection of a GPU run needs."""
+    """Return the main memory that the selection of a GPU run needs, and what it leaves behind there."""
     (numel, count), method = work.largest, work.spec.method
+    settled = 0 if work.quantised else work.settled_bytes
     if method in ("random", "spiel-ma"):
         return formulas.draw_bytes(numel, count)
     if method == "magnitude" or work.selection_micro_steps == 1:
-        return 0
-    return formulas.accumulated_gradient_bytes(work.numels) + formulas.FP32_BYTES * numel
+        return settled
+    return work.summed_bytes + formulas.FP32_BYTES * numel + settled

@@ -53,9 +53,8 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.host_bytes > main_memory_bytes():
         raise BudgetError(
-            f"Choosing entries over several micro-batches needs about {format_bytes(plan.host_bytes)} of main memory "
-            f"and this computer has {format_bytes(main_memory_bytes())}. Set selection_micro_steps=1, or for spiel-ag "
-            "gradient_accumulation=1."
+            f"Choosing entries needs about {format_bytes(plan.host_bytes)} of main memory and this computer has "
+            f"{format_bytes(main_memory_bytes())}. Lower selection_memory_gib, or raise reselection_period."
         )
     if plan.verdict == "does not fit":
         raise BudgetError(fit_sentence(plan))

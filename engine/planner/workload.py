@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from engine.hardware import Device
+from engine.hardware import Device, selection_memory_bytes
 from engine.planner import activations, formulas
 from engine.planner.activations import FP32_BYTES, Setting, TrainedParts
 from engine.planner.adapters import adapter_backward_bytes, adapters_saved_bytes
 from engine.planner.shape import ModelShape, target_tensors
-from engine.spec import BASELINES, RunSpec
+from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.targets import adapted_weights, adapter_numel, is_linear, layer_number, num_active_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,12 +86,29 @@ class Workload:
         return chosen or self.spec.gradient_accumulation
 
     @property
+    def settled_bytes(self) -> int:
+        """What entries take that left the choice and keep their change: on the device over NF4, else in main memory."""
+        period, steps = self.spec.reselection_period, self.spec.max_steps
+        if self.spec.method not in SELECTING or period is None or steps is None:
+            return 0
+        e = 0 if self.quantised else self.setting.element_bytes
+        return formulas.settled_bytes(self.num_active, sum(self.numels.values()), (steps - 1) // period, e)
+
+    @property
+    def summed_bytes(self) -> int:
+        """Dense gradients that a selection over several micro-batches sums in main memory at once."""
+        whole = formulas.accumulated_gradient_bytes(self.numels)
+        allowed = selection_memory_bytes(self.spec.selection_memory_gib)
+        return min(whole, max(allowed, FP32_BYTES * max(self.numels.values())))
+
+    @property
     def values_bytes(self) -> int:
         """The trained values and the base entries that they replace; of full, masters of 16-bit weights."""
         e, values = self.setting.element_bytes, formulas.values_bytes(self.num_active)
         if self.spec.method == "full":
             return values if e != FP32_BYTES else 0
-        return values + (0 if self.quantised or self.adapted else formulas.replaced_bytes(self.num_active, e))
+        settled = self.settled_bytes if self.quantised or self.on_cpu else 0
+        return values + settled + (0 if self.quantised or self.adapted else formulas.replaced_bytes(self.num_active, e))
 
     @property
     def indices_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Attach sparse tuning to a model: `attach(model, spec)` gives parameters for any optimizer, and writes them back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ from engine.sparse.delta import DeltaInfo, SparseDelta, fingerprint
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.hooks import GradientHooks
 from engine.sparse.linear import LinearFunctions
-from engine.sparse.optim import SparseAdamW
+from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
-from engine.sparse.selection import index_dtype, select_random_indices
-from engine.sparse.sift import FirstGradientSelection
+from engine.sparse.selection import GlobalChoice, index_dtype, select_random_indices
+from engine.sparse.sift import GradientSelection
 from engine.sparse.sm3 import SM3
-from engine.sparse.spiel import Schedule, Spiel, SpielAG, SpielMA
+from engine.sparse.spiel import Schedule, Spiel, SpielMA
+from engine.sparse.spiel_ag import SpielAG
 from engine.spec import BASELINES, RunSpec
 from engine.targets import match_targets, num_active_of
 
@@ -44,7 +46,14 @@ class SparseTuning:
         self.spec = spec
         self.probe: GradientProbe | None = None
         self.spiel: Spiel | None = None
-        self._selection: FirstGradientSelection | None = None
+        self._overflowed = False
+        self.replaced = 0
+        """Entries that the last selection put in the stead of others."""
+        self._selection: GradientSelection | None = None
+        self._choice: GlobalChoice | None = None  # one budget over all weights
+        self._last_pass = True
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._budget = sum(entry.num_active for entry in entries)
         self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.requires_grad_(False)
@@ -86,36 +95,78 @@ class SparseTuning:
         """Return the optimizer that the spec names, over `values`."""
         return build_optimizer(self.entries, self.spec)
 
-    def begin_selection(self, micro_steps: int, *, keep_gradient: bool = True) -> None:
-        """Let the next `micro_steps` backwards choose the entries; see `FirstGradientSelection`."""
-        squared = self.spec.method == "fisher"
-        self._selection = FirstGradientSelection(
-            self.entries, micro_steps, keep_gradient=keep_gradient, squared=squared
+    def begin_selection(
+        self, micro_steps: int, *, keep_gradient: bool = True, entries: Sequence[ActiveEntries] | None = None
+    ) -> None:
+        """Let the next `micro_steps` backwards choose the entries; see `GradientSelection`.
+
+        Entries that are trained already and are not chosen again keep their change (`ActiveEntries.move`).
+
+        Args:
+            micro_steps: micro-batches whose summed gradient chooses.
+            keep_gradient: whether that gradient becomes the one of the coming update.
+            entries: choose in these only; call again for the others, in the order of `self.entries`.
+        """
+        watched = self.entries if entries is None else entries
+        if self.spec.allocation == "global" and watched[0] is self.entries[0]:
+            self._choice = GlobalChoice(self._budget)
+        if watched[0] is self.entries[0]:
+            self.replaced, self._overflowed = 0, False
+        self._selection = GradientSelection(
+            watched,
+            micro_steps,
+            self._place,
+            keep_gradient=keep_gradient,
+            squared=self.spec.method == "fisher",
+            choice=self._choice,
         )
+        self._last_pass = watched[-1] is self.entries[-1]
+
+    def _place(self, entry: ActiveEntries, indices: Tensor) -> None:
+        if entry.indices is None:
+            entry.place(indices)
+            source = torch.full_like(entry.placed, -1, dtype=torch.int64)
+        else:
+            source = entry.move(indices)
+        new = (source < 0).nonzero().flatten()
+        self.replaced += new.numel()
+        if isinstance(self._optimizer, SparseAdamW):
+            nothing = entry.values.new_zeros(new.numel()).detach()
+            self._optimizer.remap(entry.values, source, EntrySeeds(new, nothing, nothing, age=0))
 
     def begin_reselection(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
-        """Let SpIEL drop and grow entries while training, where that is the method.
+        """Let entries change places while training, where the method does so: states of `optimizer` move with them.
 
         Args:
             optimizer: over `values`: `SparseAdamW` for spiel-ag, `SM3` for spiel-ma.
             total_steps: of the whole run; the replaced share falls to zero over them.
         """
         spec = self.spec
+        self._optimizer = optimizer
         schedule = Schedule(spec.period, spec.estimation_steps, spec.initial_rate, spec.schedule, total_steps)
         if spec.method == "spiel-ag":
             assert isinstance(optimizer, SparseAdamW)
-            self.spiel = SpielAG(self.entries, optimizer, schedule, spec.gradient_accumulation)
+            together = spec.allocation == "global"
+            self.spiel = SpielAG(self.entries, optimizer, schedule, spec.gradient_accumulation, together=together)
         elif spec.method == "spiel-ma":
             assert isinstance(optimizer, SM3)
             self.spiel = SpielMA(self.entries, optimizer, schedule)
 
     def place_by_magnitude(self, largest: bool) -> None:
         """Choose the entries of largest or smallest |weight|: needs no data."""
+        choice = GlobalChoice(self._budget) if self.spec.allocation == "global" else None
         for entry in self.entries:
             weight = entry.weight
             magnitude = (weight.dense() if isinstance(weight, NF4Weight) else weight.detach()).abs().flatten()
+            if choice is not None:
+                choice.add(entry.name, magnitude if largest else -magnitude, magnitude)
+                continue
             top = magnitude.topk(entry.num_active, largest=largest, sorted=False).indices
             entry.place(top.sort().values.to(index_dtype(magnitude.numel())))
+        if choice is not None:
+            found = choice.result()
+            for entry in self.entries:
+                entry.place(found[entry.name][0])
 
     def place_random(self, generator: torch.Generator) -> None:
         """Choose the entries at random: the control of both papers."""
@@ -135,10 +186,20 @@ class SparseTuning:
 
     def end_micro_step(self) -> None:
         """Say that the backward of a micro-batch is over."""
-        if self._selection is not None:
-            self._selection.end_micro_step()
-            if self._selection.done:
-                self._selection = None
+        selection = self._selection
+        if selection is None:
+            return
+        selection.end_micro_step()
+        if selection.done:
+            self._selection = None
+            self._overflowed |= selection.overflowed
+            if self._last_pass:
+                selection.finish(self.entries)
+                self._choice = None
+
+    def finite(self) -> bool:
+        """Return whether the gradients by which this step chose entries, or candidates, are finite."""
+        return not self._overflowed and (self.spiel is None or self.spiel.finite())
 
     def write_back(self) -> None:
         """Put the values into the weights, after the optimizer's step."""
@@ -152,6 +213,9 @@ class SparseTuning:
             if entry.indices is not None:
                 state[f"{entry.name}.indices"] = entry.indices
                 state[f"{entry.name}.values"] = entry.values.detach()
+            if entry.settled is not None:
+                state[f"{entry.name}.settled_indices"] = entry.settled.indices
+                state[f"{entry.name}.settled_values"] = entry.settled.values
         return state
 
     @torch.no_grad()
@@ -162,6 +226,8 @@ class SparseTuning:
             if f"{entry.name}.indices" in state:
                 entry.place(state[f"{entry.name}.indices"])
                 entry.values.copy_(state[f"{entry.name}.values"])
+            if f"{entry.name}.settled_indices" in state:
+                entry.settle(state[f"{entry.name}.settled_indices"], state[f"{entry.name}.settled_values"])
         if self.spiel is not None:
             self.spiel.load_state(state)
         self.write_back()
@@ -172,14 +238,10 @@ class SparseTuning:
 
     def delta(self) -> SparseDelta:
         """Return a copy of the delta as it is now."""
-        info = DeltaInfo(
-            self.spec.method,
-            self.num_active / self.target_numel,
-            self.spec.model,
-            self._fingerprint,
-            "nf4" if any(isinstance(entry.weight, NF4Weight) for entry in self.entries) else "none",
-        )
-        return SparseDelta.of(info, self.entries)
+        quantised = any(isinstance(entry.weight, NF4Weight) for entry in self.entries)
+        info = DeltaInfo(self.spec.method, 0.0, self.spec.model, self._fingerprint, "nf4" if quantised else "none")
+        delta = SparseDelta.of(info, self.entries)
+        return replace(delta, info=replace(info, density=delta.num_active / self.target_numel))
 
     def detach(self) -> None:
         """Take the hooks away and give every base weight back, bit for bit."""

@@ -52,14 +52,7 @@ class SparseDelta:
     @classmethod
     def of(cls, info: DeltaInfo, entries: Iterable[ActiveEntries]) -> "SparseDelta":
         """Return a copy of what `entries` hold now; weights without chosen entries are left out."""
-        return cls(
-            info,
-            {
-                entry.name: (entry.indices.cpu().clone(), entry.values.detach().cpu().clone())
-                for entry in entries
-                if entry.indices is not None
-            },
-        )
+        return cls(info, {entry.name: entry.change() for entry in entries if entry.indices is not None})
 
     def apply(self, model: nn.Module) -> list[ActiveEntries]:
         """Put the delta into the weights of `model`, in place.

@@ -26,9 +26,13 @@ def rebuild_weight(entry: ActiveEntries, dtype: torch.dtype) -> Tensor:
         return entry.weight.detach()
     dense = entry.weight.dense().to(dtype)
     if entry.applied:
-        flat, positions = dense.view(-1), entry.placed.long()
-        summed = flat.index_select(0, positions).to(entry.values.dtype) + entry.values.detach()
-        flat.index_copy_(0, positions, summed.to(dtype))
+        changes = [(entry.placed, entry.values.detach())]
+        if entry.settled is not None:
+            changes.append((entry.settled.indices, entry.settled.values))
+        flat = dense.view(-1)
+        for indices, values in changes:
+            positions = indices.long()
+            flat.index_copy_(0, positions, (flat.index_select(0, positions).to(values.dtype) + values).to(dtype))
     return dense
 
 

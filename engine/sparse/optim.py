@@ -90,12 +90,13 @@ class SparseAdamW(torch.optim.Optimizer):
 
         Args:
             values: the parameter whose entries were replaced.
-            source: (num_active,) int64, the place of each entry before, or -1 for a new one.
+            source: (num_active,) int64, the place of each entry before, or -1 for a new one; there may be more or fewer
+                entries than before.
             seeds: for every entry with source -1.
         """
         state = self.state[values]
         for name in ("exp_avg", "exp_avg_sq", "age"):
-            state[name].copy_(state[name][source.clamp(min=0)])
+            state[name] = state[name][source.clamp(min=0)]
         state["exp_avg"][seeds.places] = seeds.exp_avg
         state["exp_avg_sq"][seeds.places] = seeds.exp_avg_sq
         state["age"][seeds.places] = seeds.age

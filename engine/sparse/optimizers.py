@@ -9,7 +9,7 @@ from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import ADAM_BETAS, ADAM_EPS, SPIEL_ADAM_EPS, SparseAdamW
 from engine.sparse.sm3 import SM3, SM3_EPS
 from engine.spec import RunSpec
-from engine.spec_rules import optimizer_of
+from engine.spec_rules import entries_move, optimizer_of
 
 
 def build_optimizer(
@@ -31,8 +31,9 @@ def build_optimizer(
     rate, decay = spec.learning_rate, spec.weight_decay
     if optimizer_of(spec) == "sm3":
         return SM3(entries, rate, SM3_EPS if eps is None else eps, decay)
-    if spec.method == "spiel-ag":
-        return SparseAdamW(values, rate, betas, SPIEL_ADAM_EPS if eps is None else eps, decay)
+    if entries_move(spec) and optimizer_of(spec) == "adamw":
+        own_eps = SPIEL_ADAM_EPS if spec.method == "spiel-ag" else ADAM_EPS
+        return SparseAdamW(values, rate, betas, own_eps if eps is None else eps, decay)
     return plain_optimizer(values, spec, betas=betas, eps=ADAM_EPS if eps is None else eps)
 
 

@@ -1,6 +1,7 @@
 """Which entries of a weight are trained, and how much of a gradient they hold. Pure functions of tensors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ EXACT_NUMEL = 2**16  # above this, shares are read off a threshold that a sample
 def index_dtype(numel: int) -> torch.dtype:
     """Return the dtype of flat positions in a tensor of `numel` entries: int32 below 2**31, else int64."""
     return torch.int32 if numel < 2**31 else torch.int64
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether no entry of `tensors` is NaN or infinite; one look from the host for all of them."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()) if tensors else True
 
 
 def select_topk_indices(scores: Tensor, count: int) -> Tensor:
@@ -56,6 +62,74 @@ def select_random_indices(numel: int, count: int, generator: torch.Generator) ->
         raise ValueError(f"count must be in [1, {numel}], got {count}")
     drawn = torch.randperm(numel, generator=generator)[:count]
     return drawn.sort().values.to(index_dtype(numel))
+
+
+@dataclass
+class _Kept:
+    """Entries of one tensor that may be chosen: positions, what they rank by, what is remembered of them, (n,) each."""
+
+    positions: Tensor
+    ranks: Tensor
+    payload: Tensor
+
+    def only(self, mask: Tensor) -> "_Kept":
+        return _Kept(self.positions[mask], self.ranks[mask], self.payload[mask])
+
+
+class GlobalChoice:
+    """The `count` entries of the largest scores over many tensors, found while these come one after another.
+
+    One budget for all tensors, so that it goes to where the scores are (the redistribution that arXiv:2401.16405 leaves
+    to future work). Exact; ties are broken arbitrarily. Each tensor keeps at least its best entry. Memory: up to
+    2 `count` entries of 16 bytes, and what `torch.topk` takes.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Choose `count` entries, at least one a tensor that will come."""
+        self._count = count
+        self._threshold = float("-inf")
+        self._kept: dict[str, _Kept] = {}
+
+    def add(self, name: str, scores: Tensor, payload: Tensor) -> None:
+        """Take in a tensor.
+
+        Args:
+            name: of the tensor.
+            scores: any shape; larger is better.
+            payload: of the same shape; what is wanted of the chosen entries.
+
+        Raises:
+            ValueError: `scores` contains NaN.
+        """
+        if torch.isnan(scores).any():
+            raise ValueError("scores contain NaN")
+        ranks = scores.flatten().float()
+        best = int(ranks.argmax())
+        positions = (ranks > self._threshold).nonzero().flatten()
+        if positions.numel() > self._count:
+            positions = ranks.topk(self._count, sorted=False).indices
+        if not bool((positions == best).any()):
+            positions = torch.cat((positions, positions.new_tensor([best])))
+        kept = _Kept(positions.to(index_dtype(ranks.numel())), ranks[positions], payload.flatten()[positions])
+        kept.ranks[positions == best] = float("inf")
+        self._kept[name] = kept
+        if sum(each.ranks.numel() for each in self._kept.values()) > 2 * self._count:
+            self._threshold = float(
+                torch.cat([each.ranks for each in self._kept.values()]).topk(self._count).values[-1]
+            )
+            self._kept = {name: each.only(each.ranks >= self._threshold) for name, each in self._kept.items()}
+
+    def result(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return for each tensor its chosen positions, (n,) sorted and unique, int32 or int64, and their payload."""
+        ranks = torch.cat([each.ranks for each in self._kept.values()])
+        chosen = torch.zeros(ranks.numel(), dtype=torch.bool, device=ranks.device)
+        chosen[ranks.topk(min(self._count, ranks.numel()), sorted=False).indices] = True
+        found = {}
+        masks = chosen.split([each.ranks.numel() for each in self._kept.values()])
+        for (name, each), mask in zip(self._kept.items(), masks, strict=True):
+            positions, order = each.positions[mask].sort()
+            found[name] = positions, each.payload[mask][order]
+        return found
 
 
 def squared_norms_of_top(squares: Tensor, counts: Sequence[int]) -> list[float]:

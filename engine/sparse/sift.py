@@ -5,12 +5,14 @@ optimizer step, and the same gradient then makes the first update. Fisher select
 the squares of the same gradients instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from engine.sparse.entries import ActiveEntries
-from engine.sparse.selection import select_topk_indices
+from engine.sparse.selection import GlobalChoice, all_finite, select_topk_indices
+
+Place = Callable[[ActiveEntries, Tensor], None]
 
 
 def add_in_host_memory(sums: dict[str, Tensor], entry: ActiveEntries, grad: Tensor) -> None:
@@ -21,42 +23,70 @@ def add_in_host_memory(sums: dict[str, Tensor], entry: ActiveEntries, grad: Tens
         sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
 
 
-class FirstGradientSelection:
-    """Watches the first dense gradients and places the entries of each weight by them.
+def groups_within(entries: Iterable[ActiveEntries], budget_bytes: int) -> list[list[ActiveEntries]]:
+    """Return `entries` in groups whose dense gradients, in the dtype of the values, take up to `budget_bytes` each.
+
+    An entry that alone takes more is a group of its own.
+    """
+    groups: list[list[ActiveEntries]] = []
+    left = 0
+    for entry in entries:
+        num_bytes = entry.weight.numel() * entry.values.element_size()
+        if not groups or num_bytes > left:
+            groups.append([])
+            left = budget_bytes
+        groups[-1].append(entry)
+        left -= num_bytes
+    return groups
+
+
+class GradientSelection:
+    """Watches dense gradients and places the entries of each weight by them.
 
     With one micro-batch a weight's entries are placed inside the backward and no dense gradient outlives it. With
-    more, the dense gradients are summed in host memory: the bytes of the targets in fp32.
+    more, the dense gradients are summed in host memory: the bytes of the watched targets in fp32. With one budget for
+    all weights they are placed after the last micro-batch.
     """
 
     def __init__(
         self,
         entries: Sequence[ActiveEntries],
         micro_steps: int,
+        place: Place = ActiveEntries.place,
         *,
         keep_gradient: bool = True,
         squared: bool = False,
+        choice: GlobalChoice | None = None,
     ) -> None:
         """Begin to watch.
 
         Args:
-            entries: the targets, not yet placed.
+            entries: the targets to choose in; gradients of others are passed over.
             micro_steps: micro-batches whose summed gradient chooses, at least 1.
+            place: puts the entries of a weight where they are to be trained.
             keep_gradient: whether the chosen entries' gradient becomes `values.grad` for the coming update.
             squared: choose by the sum of squared gradients; nothing is kept for an update then.
+            choice: one budget over all weights instead of one for each; `finish` places them.
         """
-        self._entries = entries
+        self._entries = {entry.name: entry for entry in entries}
         self._left = micro_steps
+        self._place = place
         self._keep = keep_gradient and not squared
         self._squared = squared
+        self._choice = choice
         self._sums: dict[str, Tensor] | None = {} if micro_steps > 1 else None
+        self.overflowed = False
+        """Whether a gradient was not finite: what was chosen by it, if anything, is of no use."""
 
     @property
     def done(self) -> bool:
-        """Whether every entry is placed."""
+        """Whether all micro-batches are over."""
         return self._left == 0
 
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the dense gradient of one weight in one micro-batch."""
+        if entry.name not in self._entries:
+            return
         if self._squared:
             grad = grad.to(entry.values.dtype).square()
         if self._sums is None:
@@ -65,15 +95,33 @@ class FirstGradientSelection:
             add_in_host_memory(self._sums, entry, grad)
 
     def end_micro_step(self) -> None:
-        """Count a micro-batch; after the last one, place what is not placed yet."""
+        """Count a micro-batch; after the last one, choose where that was not done yet."""
         self._left -= 1
         if self._left or self._sums is None:
             return
-        for entry in self._entries:
-            if entry.name in self._sums:
-                self._choose(entry, self._sums.pop(entry.name).to(entry.weight.device))
+        for name in list(self._sums):
+            self._choose(self._entries[name], self._sums.pop(name).to(self._entries[name].weight.device))
+
+    def finish(self, entries: Iterable[ActiveEntries]) -> None:
+        """Place `entries`, where all of them share one budget: their scores are complete now."""
+        if self._choice is None or self.overflowed:
+            return
+        found = self._choice.result()
+        for entry in entries:
+            if entry.name in found:
+                indices, grad = found[entry.name]
+                self._place(entry, indices)
+                self._take_gradient(entry, grad)
 
     def _choose(self, entry: ActiveEntries, grad: Tensor) -> None:
-        entry.place(select_topk_indices(grad, entry.num_active))
+        if not all_finite([grad]):
+            self.overflowed = True
+        elif self._choice is not None:
+            self._choice.add(entry.name, grad.abs(), grad)
+        else:
+            self._place(entry, select_topk_indices(grad, entry.num_active))
+            self._take_gradient(entry, entry.gather(grad))
+
+    def _take_gradient(self, entry: ActiveEntries, grad: Tensor) -> None:
         if self._keep:
-            entry.values.grad = entry.gather(grad)
+            entry.values.grad = grad.to(entry.values)

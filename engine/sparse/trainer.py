@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.optimizers import build_optimizer
+from engine.spec_rules import selects_in
 
 
 class TuningOptimizer(torch.optim.Optimizer):
@@ -38,13 +39,14 @@ class TuningOptimizer(torch.optim.Optimizer):
         super().__init__(self._inner.param_groups, self._inner.defaults)
         self.param_groups = self._inner.param_groups
         self.state = self._inner.state
-        if spec.method in ("sift", "fisher"):
-            tuning.begin_selection(spec.selection_micro_steps or spec.gradient_accumulation)
         tuning.begin_reselection(self._inner, total_steps)
         self._begin_step()
 
     def _begin_step(self) -> None:
         self._step += 1
+        spec = self._tuning.spec
+        if selects_in(self._step, spec):
+            self._tuning.begin_selection(spec.selection_micro_steps or spec.gradient_accumulation)
         if self._tuning.spiel is not None:
             self._tuning.spiel.begin_step(self._step)
 

@@ -82,6 +82,10 @@ class _Baseline:
     def end_micro_step(self) -> None:
         """Nothing waits for the end of a backward."""
 
+    def finite(self) -> bool:
+        """Nothing is chosen by gradients."""
+        return True
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into their weights; all other values are where the forward reads them."""

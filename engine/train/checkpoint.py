@@ -23,11 +23,16 @@ KEPT = 2  # newest checkpoints that stay
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands besides its tensors: plain numbers that `state.json` holds."""
+    """Where a run stands besides its tensors: plain numbers that `state.json` holds.
+
+    `loss_scale` and `steps_at_scale` are of a float16 run: the factor, and the steps since it last changed.
+    """
 
     step: int
     elapsed_s: float
     peak_bytes: int
+    loss_scale: float = 1.0
+    steps_at_scale: int = 0
 
 
 def save_checkpoint(folder: Path, tuning: Tuning, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:

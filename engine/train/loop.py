@@ -6,8 +6,7 @@ The loop owns no files: it says what happens through `emit` and asks `Control` w
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,14 +16,19 @@ from engine.data.batches import Batch, PreparedData, evaluation_batches, step_ba
 from engine.errors import TrainingError
 from engine.evaluate import answer_questions, causal_loss, exact_match, heldout_loss
 from engine.events import Evaluated, Event, Probed, Selected, Stepped
+from engine.models import resolve_dtype
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.probe import GradientProbe
 from engine.spec import BASELINES, RunSpec
+from engine.spec_rules import selects_in
+from engine.train.checkpoint import Progress
+from engine.train.choosing import choose_entries
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning
 
 SHOWN_SAMPLES = 8  # answers an evaluation event carries
+MOST_BACK_OFFS = 24  # halvings of the loss scale in one step: 2**16 down to nothing that fp16 can tell apart
 
 
 class Control(Protocol):
@@ -56,12 +60,16 @@ class Trainer:
     memory: MemoryMeter
     step: int = 0
     elapsed_s: float = 0.0
+    scaler: torch.amp.GradScaler = field(init=False)
+    """Of the loss, so that gradients in float16 do not underflow; idle over other types."""
 
     def __post_init__(self) -> None:
         """Prepare the model for training."""
         self.device = next(self.model.parameters()).device
         self.total_steps = steps_in_run(len(self.data.training), self.spec)
         self.model.config.use_cache = False
+        half = resolve_dtype(self.spec.dtype, self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.tuning.begin_reselection(self.optimizer, self.total_steps)
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,8 +84,6 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         self.model.train()
-        if self.step == 0 and self.spec.method in ("sift", "fisher"):
-            self._begin_selection()
         started, before, first = time.monotonic(), self.elapsed_s, self.step
         while self.step < self.total_steps:
             if self.control.stop_requested():
@@ -113,21 +119,7 @@ class Trainer:
         if self.control.checkpoint_requested() or (_due(self.step, self.spec.checkpoint_interval) and not last):
             self.save(self)
 
-    def _begin_selection(self) -> None:
-        assert isinstance(self.tuning, SparseTuning), "a baseline selects nothing"
-        count = self.spec.selection_micro_steps or self.spec.gradient_accumulation
-        if count <= self.spec.gradient_accumulation and self.spec.method == "sift":
-            self.tuning.begin_selection(count)
-            return
-        # More micro-batches than the first step has, or squares of gradients: a pass over them that only chooses.
-        self.tuning.begin_selection(count, keep_gradient=False)
-        batches = list(islice(self._micro_batches(), count))
-        tokens = sum(batch.labelled_tokens for batch in batches)
-        for batch in batches:
-            self._backward(batch, tokens)
-
-    def _micro_batches(self) -> Iterator[Batch]:
-        step = 1
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
         while True:
             yield from step_batches(self.data.training, self.spec, step)
             step += 1
@@ -136,25 +128,55 @@ class Trainer:
         """Do step `step`, from 1; return its loss, the gradient's norm before clipping, and its tokens."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.spec)
+        batches = step_batches(self.data.training, self.spec, step)
+        for _ in range(MOST_BACK_OFFS):
+            loss = self._gradient(step, batches)
+            scale = self.scaler.get_scale()
+            self.scaler.unscale_(self.optimizer)
+            norm, clip = clip_gradient(self.tuning.values, self.spec.max_grad_norm)
+            if math.isfinite(norm) and self.tuning.finite():
+                break
+            self._back_off(step, norm)
+        else:
+            raise TrainingError(
+                f"The gradient of step {step} is too large for float16 at any scale. Set dtype=float32."
+            )
+        self._report_probe(step)
+        if isinstance(self.tuning, SparseTuning) and (step == 1 or selects_in(step, self.spec)):
+            self._report_selection(step, self.tuning.num_active if step == 1 else self.tuning.replaced)
+        self.optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tuning.write_back()
+        if self.tuning.spiel is not None and (done := self.tuning.spiel.end_step(step, clip / scale)):
+            self._report_selection(step, done.replaced)
+        return loss, norm, sum(int(batch.attention_mask.sum()) for batch in batches)
+
+    def _gradient(self, step: int, batches: list[Batch]) -> float:
+        """Do the backwards of a step, and choose entries where it is time; return the loss."""
         if self.tuning.spiel is not None:
             self.tuning.spiel.begin_step(step)
-        batches = step_batches(self.data.training, self.spec, step)
+        if isinstance(self.tuning, SparseTuning):
+            choose_entries(self.tuning, step, batches, self._micro_batches(step), self._backward)
         labelled = sum(batch.labelled_tokens for batch in batches)
         loss = 0.0
         for number, batch in enumerate(batches, 1):
             if number == len(batches) and self._probe_due(step):
                 self.tuning.probe = GradientProbe()
             loss += self._backward(batch, max(1, labelled))
-        self._report_probe(step)
-        if step == 1 and self.spec.method not in BASELINES:
-            self._report_selection(step, self.tuning.num_active)
-        norm, clip = clip_gradient(self.tuning.values, self.spec.max_grad_norm)
-        self.optimizer.step()
+        return loss
+
+    def _back_off(self, step: int, norm: float) -> None:
+        """Halve the scale of the loss for another try of the step, whose gradient overflowed."""
+        if not self.scaler.is_enabled():
+            raise TrainingError(
+                f"The gradient became {norm} in step {step}. Lower learning_rate (now "
+                f"{self.spec.learning_rate:g}), or set dtype=float32."
+            )
+        self.scaler.update(self.scaler.get_scale() / 2)
         self.optimizer.zero_grad(set_to_none=True)
-        self.tuning.write_back()
-        if self.tuning.spiel is not None and (done := self.tuning.spiel.end_step(step, clip)):
-            self._report_selection(step, done.replaced)
-        return loss, norm, sum(int(batch.attention_mask.sum()) for batch in batches)
+        self.tuning.probe = None
 
     def _backward(self, batch: Batch, labelled_tokens: int) -> float:
         loss = causal_loss(self.model, batch, labelled_tokens, self.device)
@@ -164,9 +186,30 @@ class Trainer:
                 f"The loss became {value} after step {self.step}. Lower learning_rate (now "
                 f"{self.spec.learning_rate:g}), or set dtype=float32."
             )
-        loss.backward()
+        self.scaler.scale(loss).backward()
         self.tuning.end_micro_step()
         return value
+
+    def progress(self) -> Progress:
+        """Return where the run stands, for a checkpoint."""
+        scale = self.scaler.state_dict()
+        return Progress(
+            self.step,
+            self.elapsed_s,
+            self.memory.peak_bytes(),
+            scale.get("scale", 1.0),
+            scale.get("_growth_tracker", 0),
+        )
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Take up where the session before left off; values and states are in place already."""
+        self.step, self.elapsed_s = progress.step, progress.elapsed_s
+        self.memory = MemoryMeter(self.device, progress.peak_bytes)
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self.scaler.load_state_dict(
+                {**state, "scale": progress.loss_scale, "_growth_tracker": progress.steps_at_scale}
+            )
 
     def _report_selection(self, step: int, replaced: int) -> None:
         density = self.tuning.num_active / self.tuning.target_numel
@@ -174,7 +217,7 @@ class Trainer:
 
     def _probe_due(self, step: int) -> bool:
         interval = 0 if self.spec.method in BASELINES else self.spec.probe_interval
-        # Step 1 chooses by its own gradient, so the first gradient worth comparing with is that of step 2.
+        # A step that chooses by its own gradient has nothing to compare it with; the first one that has is step 2.
         return interval > 0 and (step == 2 or step % interval == 0) and not self.tuning.selecting
 
     def _report_probe(self, step: int) -> None:

@@ -43,7 +43,7 @@ from engine.runs import (
 )
 from engine.sparse.base_weight import base_weights
 from engine.spec import RunSpec
-from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from engine.train.checkpoint import load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import start_tuning
@@ -216,16 +216,13 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
     optimizer = tuning.make_optimizer()
 
     def save(trainer: Trainer) -> None:
-        progress = Progress(trainer.step, trainer.elapsed_s, trainer.memory.peak_bytes())
-        path = save_checkpoint(run.checkpoints_path, tuning, optimizer, progress)
+        path = save_checkpoint(run.checkpoints_path, tuning, optimizer, trainer.progress())
         journal.emit(Checkpointed(trainer.step, str(path.relative_to(run.path))))
 
     trainer = Trainer(spec, model, tokenizer, data, tuning, optimizer, journal.emit, journal, save, MemoryMeter(device))
     if checkpoint := latest_checkpoint(run):
-        progress = load_checkpoint(checkpoint, tuning, optimizer)
-        trainer.step, trainer.elapsed_s = progress.step, progress.elapsed_s
-        trainer.memory = MemoryMeter(device, progress.peak_bytes)
-        journal.emit(Warned(f"Going on from the checkpoint of step {progress.step}."))
+        trainer.go_on_from(load_checkpoint(checkpoint, tuning, optimizer))
+        journal.emit(Warned(f"Going on from the checkpoint of step {trainer.step}."))
     return trainer
 
 

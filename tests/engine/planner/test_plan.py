@@ -39,7 +39,7 @@ def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:
 
 
 def test_seven_billion_parameters_train_on_24_gib_with_checkpointing(config_folder: Callable[..., str]) -> None:
-    spec = _spec(config_folder(), density=0.05, gradient_checkpointing=True)
+    spec = _spec(config_folder(), density=0.05, gradient_checkpointing=True, selection_memory_gib=100)
     plan = estimate(spec, read_shape(spec.model), CARD)
     assert (plan.verdict, plan.parts["parameters"]) == ("fits", 2 * 6_738_415_616)
     assert plan.num_active == pytest.approx(0.05 * plan.target_numel, rel=1e-4)
@@ -104,11 +104,24 @@ def test_what_cannot_be_made_to_fit_is_said(config_folder: Callable[..., str]) -
 
 
 def test_summing_the_selection_over_micro_batches_takes_main_memory(config_folder: Callable[..., str]) -> None:
-    spec = _spec(config_folder(), device="cpu", sequence_length=128, gradient_accumulation=1)
+    spec = _spec(config_folder(), device="cpu", sequence_length=128, gradient_accumulation=1, selection_memory_gib=100)
     one = make_plan(spec, with_remedies=False)
     many = make_plan(spec.model_copy(update={"gradient_accumulation": 4}), with_remedies=False)
     assert many.phase == "selection"
     assert many.peak_bytes - one.peak_bytes > 3 * one.target_numel
+    passes = make_plan(
+        spec.model_copy(update={"gradient_accumulation": 4, "selection_memory_gib": 2}), with_remedies=False
+    )
+    assert many.peak_bytes - passes.peak_bytes == pytest.approx(4 * one.target_numel - 2 * GIB, rel=0.01)
+
+
+def test_entries_that_leave_the_choice_are_planned_for(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), density=0.01, gradient_accumulation=1, max_steps=41)
+    shape = read_shape(spec.model)
+    once = estimate(spec, shape, CARD)
+    again = estimate(spec.model_copy(update={"reselection_period": 10}), shape, CARD)
+    assert again.host_bytes - once.host_bytes == 4 * (4 + 4 + 2) * once.num_active
+    assert again.parts["optimizer_states"] == 3 * 4 * once.num_active
 
 
 def test_other_families_have_a_wide_range_and_say_so(config_folder: Callable[..., str]) -> None:

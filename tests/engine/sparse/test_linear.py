@@ -110,6 +110,22 @@ def test_nf4_equals_the_twin_of_the_dequantised_weights(
     _assert_same(*tunings, atol=1e-12)
 
 
+def test_nf4_counts_entries_that_are_no_longer_trained(quantised: LlamaForCausalLM, tmp_path: Path) -> None:
+    ids = torch.randint(0, 128, (1, 12))
+    untuned = quantised(input_ids=ids).logits.detach()
+    tuning = attach(quantised, _spec("sift"))
+    _train(quantised, tuning)
+    tuned = quantised(input_ids=ids).logits.detach()
+    for entry in tuning.entries:
+        entry.move(torch.arange(entry.num_active // 2, dtype=torch.int32))
+    torch.testing.assert_close(quantised(input_ids=ids).logits, tuned)
+    tuning.delta().save(tmp_path)
+    tuning.detach()
+    torch.testing.assert_close(quantised(input_ids=ids).logits, untuned)
+    SparseDelta.load(tmp_path).apply(quantised)
+    torch.testing.assert_close(quantised(input_ids=ids).logits, tuned)
+
+
 def test_nf4_delta_applies_restores_and_refuses_a_dense_base(
     quantised: LlamaForCausalLM, tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:

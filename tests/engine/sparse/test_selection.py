@@ -3,6 +3,7 @@ import torch
 
 from engine.sparse.selection import (
     EXACT_NUMEL,
+    GlobalChoice,
     select_random_indices,
     select_topk_indices,
     squared_norms_of_top,
@@ -22,6 +23,28 @@ def test_topk_indices_are_sorted_unique_and_the_largest(shape: tuple[int, ...], 
     magnitudes = scores.flatten().abs()
     assert len(indices) == count
     assert magnitudes[chosen].min() >= magnitudes[~chosen].max()
+
+
+@pytest.mark.parametrize("count", [4, 30, 200, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_global_choice_is_the_top_over_all_tensors_and_leaves_none_out(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: scale * torch.randn(numel, generator=generator)
+        for name, numel, scale in (("a", 50, 1.0), ("b", 400, 0.01), ("c", 7, 3.0), ("d", 300, 1.0))
+    }
+    choice = GlobalChoice(count)
+    for name, tensor in tensors.items():
+        choice.add(name, tensor.abs(), tensor)
+    found = choice.result()
+    best = {name: tensor.abs().max() for name, tensor in tensors.items()}
+    others = torch.cat([tensor.abs()[tensor.abs() < best[name]] for name, tensor in tensors.items()]).sort().values
+    threshold = others[max(0, len(others) - (count - 4))] if count > 4 else float("inf")
+    for name, tensor in tensors.items():
+        positions, payload = found[name]
+        expected = ((tensor.abs() >= threshold) | (tensor.abs() == best[name])).nonzero().flatten()
+        assert torch.equal(positions.long(), expected)
+        assert torch.equal(payload, tensor[expected])
 
 
 def test_topk_refuses_nan_and_counts_out_of_range() -> None:

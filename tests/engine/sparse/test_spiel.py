@@ -7,7 +7,7 @@ from torch import nn
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.sm3 import SM3, grow_by_momenta
-from engine.sparse.spiel import Schedule, choose_drop, replace_entries
+from engine.sparse.spiel import Schedule, choose_drop, exchange, replace_entries
 
 
 def _entry(dtype: torch.dtype = torch.float32, num_active: int = 60) -> ActiveEntries:
@@ -48,7 +48,8 @@ def test_replacing_entries_keeps_the_others_and_restores_the_dropped(dtype: torc
     dropped = set(entry.placed[drop].tolist())
     again = next(iter(dropped))
     outside = [position for position in range(384) if position not in before][:19]
-    source = replace_entries(entry, drop, torch.tensor([again, *outside]))
+    positions, source = exchange(entry.placed.long(), entry.values.detach(), drop, torch.tensor([again, *outside]))
+    replace_entries(entry, positions, source)
     after = dict(zip(entry.placed.tolist(), entry.values.tolist(), strict=True))
     assert torch.equal(entry.placed, entry.placed.unique())
     assert after.keys() == before.keys() - dropped | {again, *outside}

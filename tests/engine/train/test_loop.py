@@ -12,6 +12,7 @@ from engine.data.batches import prepare_data
 from engine.errors import TrainingError
 from engine.events import Event, Probed, Selected, Stepped
 from engine.models import load_model, load_tokenizer
+from engine.sparse.attach import SparseTuning
 from engine.spec import RunSpec, choices
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer, learning_rate_at
@@ -106,6 +107,122 @@ def test_selection_may_look_at_more_batches_than_a_step_has(make: Make) -> None:
     longer.run()
     for name, tensor in _result(step).items():
         assert not name.endswith("indices") or torch.equal(tensor, _result(longer)[name]), name
+
+
+CHOOSING = [
+    {"method": "sift"},
+    {"method": "sift", "allocation": "global"},
+    {"method": "sift", "reselection_period": 2},
+    {"method": "sift", "reselection_period": 2, "allocation": "global"},
+    {"method": "fisher", "reselection_period": 3, "optimizer": "sm3"},
+    {"method": "magnitude", "allocation": "global", "magnitude": "smallest"},
+    {"method": "spiel-ag"},
+    {"method": "spiel-ag", "allocation": "global"},
+]
+SPIEL = {"period": 3, "estimation_steps": 2}
+
+
+@pytest.mark.parametrize("fields", CHOOSING, ids=str)
+def test_passes_over_groups_of_weights_choose_what_one_sum_does(make: Make, fields: dict[str, Any]) -> None:
+    """The memory is enough for a weight or two in fp32; values of fp64 are larger still."""
+    fields = {**fields, **SPIEL, "micro_batch_size": 2, "gradient_accumulation": 2}
+    whole, _ = make(**fields, selection_memory_gib=1.0)
+    split, _ = make(**fields, selection_memory_gib=40_000 / 2**30)
+    whole.run()
+    split.run()
+    for name, tensor in _result(whole).items():
+        torch.testing.assert_close(tensor, _result(split)[name], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("fields", CHOOSING, ids=str)
+def test_every_way_of_choosing_resumes_bit_for_bit(make: Make, tmp_path: Path, fields: dict[str, Any]) -> None:
+    fields = {**fields, **SPIEL, "micro_batch_size": 2, "gradient_accumulation": 2, "max_steps": 9}
+    whole, _ = make(**fields)
+    whole.save = lambda trainer: save_checkpoint(tmp_path, trainer.tuning, trainer.optimizer, trainer.progress())
+    whole.control.checkpoint_requested = lambda: whole.step == 4  # type: ignore[method-assign]
+    whole.run()
+    resumed, _ = make(**fields)
+    resumed.go_on_from(load_checkpoint(tmp_path / "4", resumed.tuning, resumed.optimizer))
+    resumed.run()
+    for name, tensor in _result(whole).items():
+        assert torch.equal(tensor, _result(resumed)[name]), name
+
+
+def test_one_budget_over_all_weights_catches_more_of_the_gradient_with_as_many_entries(make: Make) -> None:
+    caught, totals = [], []
+    for allocation in ("uniform", "global"):
+        trainer, _ = make(allocation=allocation, max_steps=1, micro_batch_size=8, gradient_accumulation=1)
+        trainer.optimizer.step = lambda tuning=trainer.tuning: caught.append(  # type: ignore[method-assign]
+            float(sum(values.grad.square().sum() for values in tuning.values))
+        )
+        trainer.spec = trainer.spec.model_copy(update={"max_grad_norm": None})
+        trainer.run()
+        totals.append(trainer.tuning.num_active)
+    assert totals[0] == totals[1]
+    assert caught[1] > 1.02 * caught[0]
+
+
+def test_choosing_anew_keeps_what_was_learnt_and_the_delta_holds_all_of_it(make: Make) -> None:
+    trainer, events = make(reselection_period=3, max_steps=9, micro_batch_size=8, gradient_accumulation=1)
+    tuning = trainer.tuning
+    assert isinstance(tuning, SparseTuning)
+    base = {entry.name: entry.weight.detach().clone() for entry in tuning.entries}
+    trainer.run()
+    tuned = {entry.name: entry.weight.detach().clone() for entry in tuning.entries}
+    delta = tuning.delta()
+    assert [event.step for event in events if isinstance(event, Selected)] == [1, 4, 7]
+    assert delta.num_active > 1.2 * tuning.num_active
+    tuning.detach()
+    assert all(torch.equal(entry.weight, base[entry.name]) for entry in tuning.entries)
+    delta.apply(trainer.model)
+    assert all(torch.equal(entry.weight, tuned[entry.name]) for entry in tuning.entries)
+
+
+@pytest.mark.parametrize("method", ["sift", "fisher", "spiel-ag", "spiel-ma", "lora", "full"])
+def test_scale_of_the_loss_changes_nothing_in_fp64(make: Make, method: str) -> None:
+    """A power of two, so that scaling is exact; weights, seeds and accumulators would show a scale that leaks."""
+    fields = {"method": method, **SPIEL, "micro_batch_size": 4, "gradient_accumulation": 2}
+    plain, _ = make(**fields)
+    scaled, _ = make(**fields)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    plain.run()
+    scaled.run()
+    for name, tensor in _result(plain).items():
+        assert torch.equal(tensor, _result(scaled)[name]), name
+
+
+@pytest.mark.parametrize(
+    "fields", [{"method": "sift"}, {"method": "sift", "reselection_period": 2}, {"method": "spiel-ag"}], ids=str
+)
+def test_float16_backs_off_where_the_scaled_gradient_overflows(make: Make, fields: dict[str, Any]) -> None:
+    """At first 2**40 overflows float16 in every backward; the run ends where one that began lower does."""
+    values = {**SPIEL, "dtype": "float16", "micro_batch_size": 8, "gradient_accumulation": 1, **fields}
+    trainers = []
+    for scale in (2.0**40, 2.0**10):
+        trainer, events = make(**values)
+        trainer.model.half()
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.run()
+        trainers.append(trainer)
+        losses = [event.loss for event in events if isinstance(event, Stepped)]
+        assert losses[-1] < losses[0]
+    assert trainers[0].scaler.get_scale() < 2.0**30
+    high, low = (_result(trainer) for trainer in trainers)
+    shared = [torch.isin(high[name], low[name]).float().mean() for name in high if name.endswith(".indices")]
+    assert min(shared) > 0.9
+
+
+def test_loss_scale_is_kept_in_the_checkpoint(make: Make, tmp_path: Path) -> None:
+    fields = {"dtype": "float16", "micro_batch_size": 8, "gradient_accumulation": 1, "max_steps": 3}
+    trainer, _ = make(**fields)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13)
+    trainer.run()
+    save_checkpoint(tmp_path, trainer.tuning, trainer.optimizer, trainer.progress())
+    resumed, _ = make(**fields)
+    resumed.go_on_from(load_checkpoint(tmp_path / "3", resumed.tuning, resumed.optimizer))
+    assert resumed.progress() == trainer.progress()
+    assert resumed.progress().loss_scale == 2.0**13
+    assert resumed.progress().steps_at_scale == 3
 
 
 def test_events_come_in_order_and_loss_falls(make: Make) -> None:

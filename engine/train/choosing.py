@@ -1,0 +1,67 @@
+"""Choosing trained entries from dense gradients before or in a step: one backward, several summed, or several passes.
+
+Sums of dense gradients lie in main memory, 4 bytes for every entry of every target. Where that is too much the targets
+are done in groups: the same micro-batches go through the model once for each group, with the same random numbers, and
+the result is the same.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import torch
+
+from engine.data.batches import Batch
+from engine.hardware import selection_memory_bytes
+from engine.sparse.attach import SparseTuning
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.sift import groups_within
+from engine.sparse.spiel_ag import SpielAG
+from engine.spec_rules import selects_in
+
+Backward = Callable[[Batch, int], float]  # a micro-batch, the labelled tokens to divide by
+
+
+def choose_entries(
+    tuning: SparseTuning, step: int, batches: Sequence[Batch], upcoming: Iterable[Batch], backward: Backward
+) -> None:
+    """Choose the entries of `step` where it is to choose any, or prepare that its own backwards do.
+
+    Args:
+        tuning: told of the step by `begin_step` of its SpIEL, where it has one.
+        step: from 1.
+        batches: the micro-batches of the step.
+        upcoming: micro-batches from this step on, without end.
+        backward: does one; gradients that it leaves behind are thrown away.
+    """
+    spec, spiel = tuning.spec, tuning.spiel
+    budget = selection_memory_bytes(spec.selection_memory_gib)
+    if selects_in(step, spec):
+        count = spec.selection_micro_steps or spec.gradient_accumulation
+        groups = groups_within(tuning.entries, budget) if count > 1 else [tuning.entries]
+        if spec.method == "sift" and count <= spec.gradient_accumulation and len(groups) == 1:
+            tuning.begin_selection(count)
+            return
+        chosen_from = list(islice(upcoming, count))
+        for group in groups:
+            tuning.begin_selection(count, keep_gradient=False, entries=group)
+            _pass(tuning, chosen_from, backward)
+    elif isinstance(spiel, SpielAG) and spiel.begins_phase and len(batches) > 1:
+        groups = groups_within(tuning.entries, budget)
+        for group in groups if len(groups) > 1 else []:
+            spiel.begin_pass(group)
+            _pass(tuning, batches, backward)
+            spiel.end_pass(last=group is groups[-1])
+
+
+def _pass(tuning: SparseTuning, batches: Sequence[Batch], backward: Backward) -> None:
+    labelled = max(1, sum(batch.labelled_tokens for batch in batches))
+    with torch.random.fork_rng():
+        for batch in batches:
+            backward(batch, labelled)
+    discard_gradients(tuning.entries)
+
+
+def discard_gradients(entries: Iterable[ActiveEntries]) -> None:
+    """Forget the gradients of the values."""
+    for entry in entries:
+        entry.values.grad = None
