@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from engine.sparse.optim import clip_gradient
 from engine.sparse.optimizers import build_optimizer
 from engine.sparse.trainer import MicroSteps, TuningOptimizer
 from engine.spec import RunSpec
+from engine.spec_rules import selects_in
 
 STEPS, ROWS = 6, 2
 
@@ -25,10 +27,10 @@ def _our_loop(model: LlamaForCausalLM, spec: RunSpec, rows: list[dict[str, torch
     tuning = attach(model.train(), spec)
     optimizer = build_optimizer(tuning.entries, spec)
     tuning.begin_reselection(optimizer, STEPS)
-    if spec.method == "sift":
-        tuning.begin_selection(spec.gradient_accumulation)
     batches = torch.stack([row["input_ids"] for row in rows]).view(STEPS, spec.gradient_accumulation, ROWS, -1)
     for step, micro_batches in enumerate(batches, 1):
+        if selects_in(step, spec):
+            tuning.begin_selection(spec.gradient_accumulation)
         if tuning.spiel:
             tuning.spiel.begin_step(step)
         for ids in micro_batches:
@@ -44,13 +46,23 @@ def _our_loop(model: LlamaForCausalLM, spec: RunSpec, rows: list[dict[str, torch
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("method", ["sift", "spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "sift"},
+        {"method": "sift", "reselection_period": 2, "allocation": "global", "max_steps": STEPS},
+        {"method": "spiel-ag"},
+        {"method": "spiel-ag", "allocation": "global"},
+        {"method": "spiel-ma"},
+    ],
+    ids=str,
+)
 def test_trainer_gives_the_values_of_our_loop(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: str, accumulation: int
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, fields: dict[str, Any], accumulation: int
 ) -> None:
     spec = RunSpec(
         model="tiny",
-        method=method,
+        **fields,
         density=0.05,
         learning_rate=1e-2,
         gradient_accumulation=accumulation,
