@@ -35,7 +35,7 @@ class About:
     """What a person is told of a field.
 
     `rule` completes "must be ..." where the type does not say it well; `methods` are those that read the field, where
-    not all do.
+    not all do; `detail`: few change it, so a form shows it folded.
     """
 
     group: Group
@@ -45,6 +45,7 @@ class About:
     rule: str = ""
     remedy: str = ""
     methods: tuple[str, ...] = ()
+    detail: bool = False
 
 
 class RunSpec(BaseModel):
@@ -164,6 +165,7 @@ class RunSpec(BaseModel):
             "step.",
             "micro-batches",
             methods=SELECTING,
+            detail=True,
         ),
     ] = None
     selection_memory_gib: Annotated[
@@ -177,6 +179,7 @@ class RunSpec(BaseModel):
             "half of what is free.",
             "GiB",
             methods=("sift", "fisher", "spiel-ag"),
+            detail=True,
         ),
     ] = None
     reselection_period: Annotated[
@@ -189,6 +192,7 @@ class RunSpec(BaseModel):
             "the result grows. Empty: chosen once, as the paper does.",
             "steps",
             methods=SELECTING,
+            detail=True,
         ),
     ] = None
     allocation: Annotated[
@@ -199,6 +203,7 @@ class RunSpec(BaseModel):
             "uniform: the same density in every weight, as both papers have it; global: the largest scores over all "
             "weights together, so that the entries go to where the gradient is.",
             methods=("sift", "fisher", "magnitude", "spiel-ag"),
+            detail=True,
         ),
     ] = "uniform"
     magnitude: Annotated[

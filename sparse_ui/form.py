@@ -17,7 +17,7 @@ MAIN: tuple[str, ...] = (
     "model",
     "dataset",
     "method",
-    *(name for name in RunSpec.model_fields if about(name).methods),
+    *(name for name in RunSpec.model_fields if about(name).methods and not about(name).detail),
     "quantization",
     "targets",
     "target_patterns",

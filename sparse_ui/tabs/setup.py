@@ -20,7 +20,8 @@ from sparse_ui.plan_view import REMEDY_ROWS, view_plan
 
 # Widgets of the accordions, by the group of their field. The Data tab shows the group `data`.
 _ACCORDIONS = (
-    ("Training, schedule and evaluation", ("method", "optimizer", "training", "evaluation", "run")),
+    ("The method in detail", ("method",)),
+    ("Training, schedule and evaluation", ("optimizer", "training", "evaluation", "run")),
     ("Model, memory and device", ("model", "memory")),
 )
 _UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz"]
@@ -157,7 +158,8 @@ def _draw_main(widgets: dict[str, Any]) -> _Main:
     method_words = gr.HTML(elem_classes="st-facts")
     with gr.Row(elem_classes="st-two"):
         for name in OWN_FIELDS:
-            widgets[name].render()
+            if name in form.MAIN:
+                widgets[name].render()
     for name in ("quantization", "targets", "target_patterns"):
         widgets[name].render()
     density_words = _draw_density(widgets["density"])
