@@ -25,6 +25,20 @@ METHODS: dict[Method, str] = {
 SPIEL_METHODS: tuple[Method, ...] = ("spiel-ag", "spiel-ma")
 SELECTING: tuple[Method, ...] = ("sift", "fisher")  # choose their entries from first gradients
 BASELINES: tuple[Method, ...] = ("lora", "ia3", "full")  # not sparse: what a person compares with
+OptimizerName = Literal[
+    "adamw",
+    "sm3",
+    "sgd",
+    "adam",
+    "nadam",
+    "radam",
+    "adagrad",
+    "adadelta",
+    "adamax",
+    "rmsprop",
+    "rprop",
+    "asgd",
+]
 Role = Literal["instruction", "input", "output", "system", "messages", "text"]
 
 _DENSITY = "Trained share of the entries of each target weight, for the sparse methods; lora, ia3 and full have none."
@@ -265,9 +279,35 @@ class RunSpec(BaseModel):
     ] = 32
 
     optimizer: Annotated[
-        Literal["auto", "adamw", "sm3", "sgd"],
-        About("optimizer", "Optimizer", "Over the trained values. auto: sm3 for spiel-ma, else adamw."),
+        Literal["auto", OptimizerName],
+        About(
+            "optimizer",
+            "Optimizer",
+            "Over the trained values. auto: sm3 for spiel-ma, else adamw. spiel-ag takes adamw only, spiel-ma sm3 "
+            "only; the other methods take any, those of torch with torch's own settings.",
+            rule=f"one of auto, {', '.join(get_args(OptimizerName))}, which work entry by entry",
+            remedy="Not those that need matrices (muon), a closure (lbfgs) or the size of the weights (adafactor).",
+        ),
     ] = "auto"
+    optimizer_states: Annotated[
+        Literal["float32", "8bit"],
+        About(
+            "optimizer",
+            "Optimizer states",
+            "Of adamw. 8bit: its moments as blockwise codes of bitsandbytes, a quarter of the memory; tensors with "
+            "fewer than 4,096 trained entries stay in float32. The trained values are always float32.",
+        ),
+    ] = "float32"
+    offload_states: Annotated[
+        bool,
+        About(
+            "optimizer",
+            "States in main memory",
+            "Of adamw: keep its states in main memory and bring those of one weight at a time to the GPU. The numbers "
+            "are the same; on the CPU nothing changes.",
+            rule="true or false",
+        ),
+    ] = False
     learning_rate: Annotated[
         float, Field(gt=0, le=10), About("optimizer", "Learning rate", "Peak learning rate.", remedy="Try 0.0002.")
     ] = 2e-4

@@ -1,11 +1,11 @@
 """What holds between the fields of a spec: choices that follow from others, and combinations that cannot be."""
 
-from typing import Literal
+from engine.spec import BASELINES, SELECTING, OptimizerName, RunSpec
 
-from engine.spec import BASELINES, SELECTING, RunSpec
+_OWN_STATES = {"sm3": "keeps one number a row and a column", "sgd": "keeps no states"}
 
 
-def optimizer_of(spec: RunSpec) -> Literal["adamw", "sm3", "sgd"]:
+def optimizer_of(spec: RunSpec) -> OptimizerName:
     """Return the optimizer of a run, with `auto` resolved."""
     if spec.optimizer != "auto":
         return spec.optimizer
@@ -38,9 +38,10 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
         )
     if spec.method in BASELINES and optimizer_of(spec) == "sm3":
         problems["optimizer"] = (
-            f"optimizer must be adamw or sgd for {spec.method}, as sm3 works on sparse entries, got 'sm3'. "
+            f"optimizer must be any but sm3 for {spec.method}, as sm3 works on sparse entries, got 'sm3'. "
             "Use optimizer=auto."
         )
+    problems |= _state_problems(spec)
     if spec.method == "full" and spec.quantization == "nf4":
         problems["quantization"] = (
             "quantization must be none for full, which trains the weights themselves, got 'nf4'. "
@@ -65,5 +66,27 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
             f"estimation_steps must be at most period, got {spec.estimation_steps} and {spec.period}. Raise period."
+        )
+    return problems
+
+
+def _state_problems(spec: RunSpec) -> dict[str, str]:
+    """Return what is wrong with the settings that only some optimizers have."""
+    problems, optimizer = {}, optimizer_of(spec)
+    if optimizer != "adamw":
+        why = f"of {optimizer}, which {_OWN_STATES.get(optimizer, 'is torch as it stands')}"
+        if spec.optimizer_states != "float32":
+            problems["optimizer_states"] = (
+                f"optimizer_states must be float32 {why}, got {spec.optimizer_states!r}. "
+                "Use optimizer_states=float32, or optimizer=adamw."
+            )
+        if spec.offload_states:
+            problems["offload_states"] = (
+                f"offload_states must be false {why}, got true. Use offload_states=false, or optimizer=adamw."
+            )
+    if optimizer == "rprop" and spec.weight_decay:
+        problems["weight_decay"] = (
+            f"weight_decay must be 0 for rprop, which reads the sign of the gradient only, got {spec.weight_decay:g}. "
+            "Use weight_decay=0, or another optimizer."
         )
     return problems

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from engine.hardware import Device, budget_bytes_of
 from engine.planner import formulas
-from engine.planner.moments import run_moments, selection_host_bytes
+from engine.planner.moments import host_bytes, run_moments
 from engine.planner.shape import ModelShape
 from engine.planner.workload import Workload, build_workload
 from engine.spec import RunSpec
-from engine.spec_rules import entries_move, optimizer_of
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -43,8 +42,8 @@ class Remedy:
 class Plan:
     """What a run will need on its device. `parts` are bytes at the peak and add up to `peak_bytes`.
 
-    `host_bytes`: main memory that the selection needs beside a run on a GPU. `exact`: whether the closed forms were
-    checked on this family of models; `note` says so where they were not.
+    `host_bytes`: main memory that the selection, or states kept there, need beside a run on a GPU. `exact`: whether the
+    closed forms were checked on this family of models; `note` says so where they were not.
     """
 
     parts: dict[str, int]
@@ -98,7 +97,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         num_parameters=shape.num_parameters,
         num_active=sum(work.active.values()),
         target_numel=sum(work.numels.values()),
-        host_bytes=0 if work.on_cpu else selection_host_bytes(work),
+        host_bytes=0 if work.on_cpu else host_bytes(work),
         exact=shape.exact,
         note=_note(shape),
     )
@@ -131,7 +130,5 @@ def _resident(work: Workload) -> dict[str, int]:
         "values": work.values_bytes,
         "indices": work.indices_bytes,
         "gradients": formulas.gradients_bytes(count) + candidates,
-        "optimizer_states": formulas.optimizer_states_bytes(
-            count, optimizer_of(spec), accumulators=work.targets.accumulators, ages=entries_move(spec)
-        ),
+        "optimizer_states": 0 if work.offloaded else work.states_bytes,
     }

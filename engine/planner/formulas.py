@@ -5,7 +5,7 @@ replaced, a gradient, the optimizer's states. What comes and goes: activations (
 at a time, the write-back's temporaries, and what the selection reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from engine.units import MIB
 
@@ -26,7 +26,24 @@ CUDA_WORKSPACE_BYTES = 2 * 32 * MIB
 CPU_WORKSPACE_BYTES = 40 * MIB
 NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
 NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation
-ADAMW_STATES = 2  # first and second moment, fp32
+STATE_BLOCK = 256  # numbers that share a scale in 8-bit states (arXiv:2110.02861)
+FEWEST_8_BIT = 4096  # smaller tensors keep fp32 states
+# Of each optimizer: fp32 states an entry, fp32 numbers a tensor, and temporaries an entry in its update, in fp32; torch
+# 2.13, of those by name with foreach off. Weight decay makes one temporary more where it is added to the gradient.
+OPTIMIZERS: Mapping[str, tuple[int, int, int]] = {
+    "adamw": (2, 1, 0),
+    "sgd": (0, 0, 0),
+    "adam": (2, 1, 2),
+    "nadam": (2, 2, 2),
+    "radam": (2, 1, 2),
+    "adagrad": (1, 1, 1),
+    "adadelta": (2, 1, 2),
+    "adamax": (2, 1, 1),
+    "rmsprop": (1, 1, 1),
+    "rprop": (2, 1, 3),
+    "asgd": (1, 3, 0),
+}
+FUSED = ("adamw", "sgd")
 
 
 def parameters_bytes(num_parameters: int, element_bytes: int) -> int:
@@ -74,18 +91,28 @@ def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
     return element_bytes * num_active
 
 
-def optimizer_states_bytes(num_active: int, optimizer: str, *, accumulators: int = 0, ages: bool = False) -> int:
+def optimizer_states_bytes(
+    sizes: Iterable[int], optimizer: str, *, accumulators: int = 0, ages: bool = False, eight_bit: bool = False
+) -> int:
     """Return the size of the optimizer's states over the values.
 
     Args:
-        num_active: trained entries.
-        optimizer: adamw: two moments in fp32; sm3: its accumulators in fp32; sgd: none.
+        sizes: trained entries of each tensor.
+        optimizer: sm3: its accumulators in fp32; else see `OPTIMIZERS`.
         accumulators: rows and columns of all targets.
-        ages: whether AdamW also keeps an int32 age of each entry.
+        ages: whether AdamW also keeps the age of each entry, int32, beside 8-bit moments int16; else one a tensor.
+        eight_bit: whether AdamW's moments are codes of 1 byte with an fp32 scale each 256.
     """
     if optimizer == "sm3":
         return FP32_BYTES * accumulators
-    return (ADAMW_STATES + ages) * FP32_BYTES * num_active if optimizer == "adamw" else 0
+    states, numbers, _ = OPTIMIZERS[optimizer]
+    return sum(_tensor_states_bytes(size, states, numbers, ages, eight_bit) for size in sizes)
+
+
+def _tensor_states_bytes(size: int, states: int, numbers: int, ages: bool, eight_bit: bool) -> int:
+    coded = eight_bit and size >= FEWEST_8_BIT
+    moments = states * (size + FP32_BYTES * -(-size // STATE_BLOCK) if coded else FP32_BYTES * size)
+    return moments + ((FP32_BYTES // (2 if coded else 1)) * size if ages else FP32_BYTES * numbers)
 
 
 def candidates_bytes(num_active: int) -> int:
@@ -164,17 +191,23 @@ def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
     return (INT64_BYTES + 2 * FP32_BYTES + element_bytes) * max(num_active.values())
 
 
-def update_bytes(num_active: Mapping[str, int], method: str, optimizer: str) -> int:
-    """Return what our own optimizers take beside what stays, for one tensor at a time; torch's fused ones take nothing.
+def update_bytes(size: int, optimizer: str, *, ages: bool = False, eight_bit: bool = False, decay: bool = False) -> int:
+    """Return what the update of one tensor of `size` trained entries takes beside what stays; see `OPTIMIZERS`.
 
     SM3: of each entry its row and column in int64, both accumulators, their minimum, its square and the update.
-    AdamW with ages: the age as a number, both bias corrections, root, denominator and update. SpIEL's replacement:
-    four int64 arrays and three masks.
+    AdamW with ages: the age as a number, both bias corrections, root, denominator and update. With 8-bit states also
+    both moments in fp32; quantising takes 14 bytes beside them: a padded and a scaled copy, codes in int32 and 8 bit.
     """
-    aged = 6 * FP32_BYTES if method == "spiel-ag" else 0
-    each = 2 * INT64_BYTES + 6 * FP32_BYTES if optimizer == "sm3" else aged
-    replacing = 4 * INT64_BYTES + 2 * FP32_BYTES + 3 if method.startswith("spiel") else 0
-    return max(each, replacing) * max(num_active.values())
+    if optimizer == "sm3":
+        return (2 * INT64_BYTES + 6 * FP32_BYTES) * size
+    temporaries = OPTIMIZERS[optimizer][2] + (decay and optimizer not in FUSED)
+    each = FP32_BYTES * (6 if ages else temporaries)
+    return (2 * FP32_BYTES + max(each, 14) if eight_bit else each) * size
+
+
+def replacing_bytes(size: int) -> int:
+    """Return what SpIEL's replacement among `size` entries takes: four int64 arrays, two fp32, three masks."""
+    return (4 * INT64_BYTES + 2 * FP32_BYTES + 3) * size
 
 
 def context_bytes(on_cpu: bool) -> int:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from engine.planner import activations, formulas
 from engine.planner.workload import Workload
-from engine.spec import BASELINES
-from engine.spec_rules import optimizer_of
+from engine.spec import BASELINES, SPIEL_METHODS
+from engine.spec_rules import entries_move
 
 _UNSEEDED = ("optimizer_states",)  # before the first step there are none
 
@@ -35,20 +35,20 @@ def run_moments(work: Workload) -> list[Moment]:
         return _baseline_moments(work)
     probe = formulas.probe_bytes(work.largest[0], e) if spec.probe_interval else 0
     reading = max(formulas.gather_bytes(work.active, e), probe)
-    moving = {"all": work.num_active} if spec.allocation == "global" else work.active  # replaced as one, or one by one
-    update = max(
-        formulas.write_back_bytes(work.active, e), formulas.update_bytes(moving, spec.method, optimizer_of(spec))
-    )
+    update = max(formulas.write_back_bytes(work.active, e), work.update_bytes)
+    if spec.method in SPIEL_METHODS:
+        together = spec.allocation == "global"  # replaced as one, or one by one
+        update = max(update, formulas.replacing_bytes(work.num_active if together else max(work.sizes)))
     return [*step_moments(work, reading), Moment("optimizer step", 0, update), *selection_moments(work)]
 
 
 def _baseline_moments(work: Workload) -> list[Moment]:
-    """Return the moments of a run that selects and probes nothing; torch's fused update takes nothing beside.
+    """Return the moments of a run that selects and probes nothing.
 
     The gradients come up block by block while activations go: where there is one backward a step, they are not there
     at its start, and at its end the lowest block's activations are alone.
     """
-    moments = [*step_moments(work, 0), Moment("optimizer step", 0, 0)]
+    moments = [*step_moments(work, 0), Moment("optimizer step", 0, work.update_bytes)]
     if work.spec.gradient_accumulation > 1:
         return moments
     begun = [replace(moment, without=("gradients",)) for moment in moments[:-1]]
@@ -118,10 +118,20 @@ def selection_moments(work: Workload) -> list[Moment]:
     return [Moment("selection", step.saved, step.transient, without) for step in steps]
 
 
-def selection_host_bytes(work: Workload) -> int:
-    """Return the main memory that the selection of a GPU run needs, and what it leaves behind there."""
+def host_bytes(work: Workload) -> int:
+    """Return the main memory that a GPU run needs: to choose its entries, what that leaves behind, and for states.
+
+    Where entries move they are chosen beside the states; else before there are any.
+    """
+    states, selecting = work.states_bytes if work.offloaded else 0, _selection_host_bytes(work)
+    return states + selecting if entries_move(work.spec) else max(states, selecting)
+
+
+def _selection_host_bytes(work: Workload) -> int:
     (numel, count), method = work.largest, work.spec.method
     settled = 0 if work.quantised else work.settled_bytes
+    if method in BASELINES:
+        return 0
     if method in ("random", "spiel-ma"):
         return formulas.draw_bytes(numel, count)
     if method == "magnitude" or work.selection_micro_steps == 1:

@@ -53,8 +53,9 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.host_bytes > main_memory_bytes():
         raise BudgetError(
-            f"Choosing entries needs about {format_bytes(plan.host_bytes)} of main memory and this computer has "
-            f"{format_bytes(main_memory_bytes())}. Lower selection_memory_gib, or raise reselection_period."
+            f"This run needs about {format_bytes(plan.host_bytes)} of main memory beside the GPU's and this computer "
+            f"has {format_bytes(main_memory_bytes())}. Lower selection_memory_gib, raise reselection_period, or set "
+            "offload_states=false."
         )
     if plan.verdict == "does not fit":
         raise BudgetError(fit_sentence(plan))

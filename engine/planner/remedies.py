@@ -7,6 +7,7 @@ from engine.hardware import Device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.shape import ModelShape
 from engine.spec import BASELINES, RunSpec
+from engine.spec_rules import optimizer_of
 
 Changes = dict[str, Any]
 MOST_HALVINGS = 3  # of length or density: less is another run
@@ -103,6 +104,16 @@ def _selection(spec: RunSpec, device: Device) -> Iterator[Option]:
         yield "choose the entries from 1 micro-batch", {"selection_micro_steps": 1}, cost
 
 
+def _offload(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if optimizer_of(spec) == "adamw" and not spec.offload_states and not device.is_cpu:
+        yield "states in main memory", {"offload_states": True}, "each step also moves the states to the GPU and back"
+
+
+def _eight_bit(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if optimizer_of(spec) == "adamw" and spec.optimizer_states == "float32":
+        yield "8-bit optimizer states", {"optimizer_states": "8bit"}, "the moments of AdamW are rounded to 8 bits"
+
+
 def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:
     if spec.dtype == "float32" and not device.is_cpu:
         yield "base weights in bfloat16", {"dtype": "bfloat16"}, "the base weights are rounded to 3 digits"
@@ -142,7 +153,9 @@ def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
 _KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
     _checkpointing,
     _micro_batch,
+    _offload,
     _selection,
+    _eight_bit,
     _dtype,
     _nf4,
     _length,

@@ -12,6 +12,7 @@ from engine.planner.activations import FP32_BYTES, Setting, TrainedParts
 from engine.planner.adapters import adapter_backward_bytes, adapters_saved_bytes
 from engine.planner.shape import ModelShape, target_tensors
 from engine.spec import BASELINES, SELECTING, RunSpec
+from engine.spec_rules import entries_move, optimizer_of
 from engine.targets import adapted_weights, adapter_numel, is_linear, layer_number, num_active_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,6 +110,52 @@ class Workload:
             return values if e != FP32_BYTES else 0
         settled = self.settled_bytes if self.quantised or self.on_cpu else 0
         return values + settled + (0 if self.quantised or self.adapted else formulas.replaced_bytes(self.num_active, e))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Trained entries of each tensor that the optimizer sees: of lora, two matrices a target."""
+        if self.spec.method == "lora":
+            shapes = (self.shape.tensors[name] for name in self.numels)
+            return tuple(self.spec.lora_rank * side for shape in shapes for side in shape)
+        return tuple(self.active.values())
+
+    @property
+    def states_bytes(self) -> int:
+        """The optimizer's states, wherever they are kept."""
+        return self._states_of(self.sizes)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the states lie in main memory beside a GPU."""
+        return self.spec.offload_states and not self.on_cpu
+
+    @property
+    def update_bytes(self) -> int:
+        """What the optimizer's step takes beside what stays; of states in main memory, those of three tensors."""
+        spec, largest = self.spec, max(self.sizes)
+        if spec.allocation == "global":  # the budget may gather in one tensor
+            largest = min(self.num_active, max(self.numels.values()))
+        brought = 3 * self._states_of((largest,)) if self.offloaded else 0
+        return brought + formulas.update_bytes(
+            largest,
+            optimizer_of(spec),
+            ages=self._aged,
+            eight_bit=spec.optimizer_states == "8bit",
+            decay=spec.weight_decay > 0,
+        )
+
+    @property
+    def _aged(self) -> bool:
+        return optimizer_of(self.spec) == "adamw" and entries_move(self.spec)
+
+    def _states_of(self, sizes: tuple[int, ...]) -> int:
+        return formulas.optimizer_states_bytes(
+            sizes,
+            optimizer_of(self.spec),
+            accumulators=self.targets.accumulators,
+            ages=self._aged,
+            eight_bit=self.spec.optimizer_states == "8bit",
+        )
 
     @property
     def indices_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Weights as a model holds them: dense parameters, or NF4 (QLoRA, arXiv:2305.14314) through bitsandbytes.
 
-The only file that knows bitsandbytes. qSpIEL (arXiv:2401.16405, section 3.4) and SIFT over NF4 compute with
-dequantise(W) + delta, rebuilt for the length of each use.
+Beside `blockwise.py` the only file that knows bitsandbytes. qSpIEL (arXiv:2401.16405, section 3.4) and SIFT over NF4
+compute with dequantise(W) + delta, rebuilt for the length of each use.
 """
 
 from typing import Any

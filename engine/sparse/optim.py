@@ -3,16 +3,20 @@
 Weight decay acts on the values: it pulls the change towards zero, that is the model towards its base.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from engine.sparse.states import Moments, StateStore
 
 ADAM_BETAS = (0.9, 0.999)  # arXiv:2312.11875 names AdamW without further settings: torch's defaults
 ADAM_EPS = 1e-8
 SPIEL_ADAM_EPS = 1e-6  # as published with arXiv:2401.16405
+IN_PLACE = StateStore()
 
 
 def clip_gradient(values: Sequence[nn.Parameter], max_norm: float | None) -> tuple[float, float]:
@@ -39,11 +43,33 @@ class EntrySeeds:
     age: int
 
 
-class SparseAdamW(torch.optim.Optimizer):
-    """Adam whose bias correction knows the age of each entry; weight decay comes after the update.
+def aged_update(values: Tensor, grad: Tensor, moments: Moments, betas: tuple[float, float], eps: float) -> Tensor:
+    """Return what AdamW takes from each entry at a rate of 1, and bring its moments and age up to date, in place.
 
-    value -= lr m (sqrt(1 - b2^age)) / ((sqrt(v) + eps) (1 - b1^age)), as published with SpIEL (arXiv:2401.16405), then
-    value -= lr weight_decay value. With all ages equal this is Adam with eps scaled by the bias correction.
+    m (sqrt(1 - b2^age)) / ((sqrt(v) + eps) (1 - b1^age)), as published with SpIEL (arXiv:2401.16405).
+
+    Args:
+        values: (num_active,); their dtype is computed in.
+        grad: (num_active,).
+        moments: of the entries, with the age of each.
+        betas: b1, b2.
+        eps: added to the root.
+    """
+    beta1, beta2 = betas
+    moments.age.add_(moments.age < torch.iinfo(moments.age.dtype).max)
+    moments.exp_avg.lerp_(grad, 1 - beta1)
+    moments.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    age = moments.age.to(values.dtype)
+    denominator = (moments.exp_avg_sq.sqrt() + eps) * (1 - beta1**age)
+    return moments.exp_avg * (1 - beta2**age).sqrt() / denominator
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW over the values of a delta, whose states are kept as a `StateStore` says.
+
+    Where entries move (`aged`): value -= lr `aged_update`, then value -= lr weight_decay value, as published with
+    SpIEL. With all ages equal this is Adam with eps scaled by the bias correction. Where they stay, one age serves a
+    whole tensor, and the update is torch's fused AdamW, bit for bit.
     """
 
     def __init__(
@@ -53,50 +79,87 @@ class SparseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = ADAM_BETAS,
         eps: float = SPIEL_ADAM_EPS,
         weight_decay: float = 0.0,
+        *,
+        store: StateStore = IN_PLACE,
+        aged: bool = True,
     ) -> None:
-        """Prepare moments and ages of zero, (num_active,) each a weight; ages are int32."""
+        """Prepare; the states of a tensor, of zero, come with its first gradient."""
         self.betas = betas
+        self._store = store
+        self._aged = aged
         super().__init__(values, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "exp_avg": torch.zeros_like(parameter).detach(),
-                    "exp_avg_sq": torch.zeros_like(parameter).detach(),
-                    "age": torch.zeros_like(parameter, dtype=torch.int32).detach(),
-                }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every value that has a gradient; ages count this update."""
         assert closure is None, "closures are not supported"
-        beta1, beta2 = self.betas
         for group in self.param_groups:
-            for values in group["params"]:
-                if values.grad is None:
-                    continue
-                state, grad = self.state[values], values.grad
-                state["age"].add_(1)
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                age = state["age"].to(values.dtype)
-                denominator = (state["exp_avg_sq"].sqrt() + group["eps"]) * (1 - beta1**age)
-                update = state["exp_avg"] * (1 - beta2**age).sqrt() / denominator
-                values.sub_(group["lr"] * update)
-                values.sub_(group["lr"] * group["weight_decay"] * values)
+            moving = [values for values in group["params"] if values.grad is not None]
+            for device in {values.device for values in moving}:
+                here = [values for values in moving if values.device == device]
+                states = [self._state_of(values) for values in here]
+                for packed, values in zip(self._store.visit(states, device), here, strict=True):
+                    moments = self._store.unpack(packed, values)
+                    self._update(values, moments, group)
+                    packed.update(self._store.pack(moments))
+
+    def _update(self, values: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
+        grad, rate, decay = values.grad, group["lr"], group["weight_decay"]
+        assert grad is not None
+        if self._aged:
+            values.sub_(rate * aged_update(values, grad, moments, self.betas, group["eps"]))
+            values.sub_(rate * decay * values)
+            return
+        adamw(
+            [values],
+            [grad],
+            [moments.exp_avg],
+            [moments.exp_avg_sq],
+            [],
+            [moments.age],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate,
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state_of(self, values: nn.Parameter) -> dict[str, Tensor]:
+        if not self.state[values]:
+            self.state[values] = self._store.begin(values, aged=self._aged)
+        state: dict[str, Tensor] = self.state[values]
+        return state
+
+    def put_state(self, values: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """Take back the states of `values` from a checkpoint."""
+        self.state[values] = self._store.place(state, values.device)
+
+    def moments(self, values: nn.Parameter) -> Moments:
+        """Return the states of `values` on their device, ready to read."""
+        packed = {name: tensor.to(values.device) for name, tensor in self._state_of(values).items()}
+        return self._store.unpack(packed, values)
 
     @torch.no_grad()
     def remap(self, values: nn.Parameter, source: Tensor, seeds: EntrySeeds) -> None:
         """Move the states to where their entries are now, and seed those of new entries.
 
         Args:
-            values: the parameter whose entries were replaced.
-            source: (num_active,) int64, the place of each entry before, or -1 for a new one; there may be more or fewer
-                entries than before.
+            values: the parameter whose entries were replaced; it may have more or fewer of them than before.
+            source: (num_active,) int64, the place of each entry before, or -1 for a new one.
             seeds: for every entry with source -1.
         """
-        state = self.state[values]
-        for name in ("exp_avg", "exp_avg_sq", "age"):
-            state[name] = state[name][source.clamp(min=0)]
-        state["exp_avg"][seeds.places] = seeds.exp_avg
-        state["exp_avg_sq"][seeds.places] = seeds.exp_avg_sq
-        state["age"][seeds.places] = seeds.age
+        begun = bool(self.state[values])
+        if not begun and not seeds.age:
+            return  # states of zero come with the first gradient
+        assert self._aged, "the entries of this optimizer are all of one age"
+        moments = self.moments(values)
+        if begun:  # else they are of zero, and as many as there are entries now
+            kept = source.clamp(min=0)
+            moments = Moments(moments.exp_avg[kept], moments.exp_avg_sq[kept], moments.age[kept])
+        moments.exp_avg[seeds.places] = seeds.exp_avg
+        moments.exp_avg_sq[seeds.places] = seeds.exp_avg_sq
+        moments.age[seeds.places] = seeds.age
+        self.put_state(values, self._store.pack(moments))

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, fingerprint
-from engine.sparse.optimizers import plain_optimizer
+from engine.sparse.optimizers import values_optimizer
 from engine.sparse.probe import GradientProbe
 from engine.sparse.spiel import Spiel
 from engine.spec import RunSpec
@@ -74,7 +74,7 @@ class _Baseline:
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer that the spec names, over `values`."""
-        return plain_optimizer(self.values, self.spec)
+        return values_optimizer(self.values, self.spec)
 
     def begin_reselection(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
         """Nothing changes places."""

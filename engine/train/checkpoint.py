@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import RunError
+from engine.sparse.optim import SparseAdamW
 from engine.train.tuning import Tuning
 
 KEPT = 2  # newest checkpoints that stay
@@ -87,5 +88,13 @@ def _load_optimizer(tensors: dict[str, Tensor], tuning: Tuning, optimizer: torch
     for name, values in tuning.named_values.items():
         prefix = f"{name}.optimizer."
         found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        if found:
-            optimizer.state[values] = {key: tensor.to(values.device) for key, tensor in found.items()}
+        if not found:
+            continue
+        if isinstance(optimizer, SparseAdamW):
+            optimizer.put_state(values, found)
+        else:
+            fused = optimizer.param_groups[0].get("fused")  # else torch keeps the count of steps on the CPU
+            optimizer.state[values] = {
+                key: tensor if key == "step" and not fused else tensor.to(values.device)
+                for key, tensor in found.items()
+            }

@@ -96,3 +96,26 @@ def test_spec_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"model: \xff\xfe")
     with pytest.raises(InvalidSpecError, match="is no text in UTF-8"):
         load_values(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"method": "spiel-ma", "optimizer_states": "8bit"},
+            "float32 of sm3, which keeps one number a row and a column",
+        ),
+        ({"optimizer": "sgd", "offload_states": True}, "offload_states must be false of sgd, which keeps no states"),
+        (
+            {"optimizer": "radam", "optimizer_states": "8bit"},
+            "float32 of radam, which is torch as it stands, got '8bit'",
+        ),
+        ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay must be 0 for rprop, .*, got 0.1"),
+        ({"optimizer": "lbfgs"}, r"adamw, sm3, .*, got 'lbfgs'. Not those that need matrices \(muon\), a closure"),
+        ({"method": "spiel-ag", "optimizer": "adam"}, "optimizer must be adamw for spiel-ag"),
+        ({"method": "lora", "optimizer": "sm3"}, "optimizer must be any but sm3 for lora"),
+    ],
+)
+def test_optimizers_and_their_states_that_do_not_go_together_are_said(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InvalidSpecError, match=sentence):
+        parse_spec({"model": "demo", **fields})

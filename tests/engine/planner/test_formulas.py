@@ -27,7 +27,7 @@ def test_resident_terms_are_those_of_the_published_table(config_folder: Callable
     found = {
         "parameters": formulas.parameters_bytes(parameters, 2),
         "gradients": formulas.gradients_bytes(parameters // 20, element_bytes=2),
-        "optimizer": formulas.optimizer_states_bytes(parameters // 20, "adamw"),
+        "optimizer": formulas.optimizer_states_bytes([parameters // 20], "adamw"),
     }
     assert {name: size / GIB for name, size in found.items()} == pytest.approx(
         {name: TABLE_1[name] for name in found}, rel=0.01
@@ -51,7 +51,10 @@ def test_sizes_of_the_trained_entries_are_hand_counted() -> None:
     assert formulas.values_bytes(12) == 48
     assert formulas.replaced_bytes(12, 2) == 24
     assert formulas.indices_bytes({"small": 100, "large": 2**31}, active) == 10 * 4 + 2 * 8
-    assert formulas.optimizer_states_bytes(12, "sgd") == 0
+    assert formulas.optimizer_states_bytes([10, 2], "sgd") == 0
+    assert formulas.optimizer_states_bytes([5000, 10], "adamw", ages=True, eight_bit=True) == (
+        2 * (5000 + 4 * 20) + 2 * 5000 + (4 + 4 + 4) * 10
+    )
     assert formulas.write_back_bytes(active, 2) == 10 * (8 + 4 + 4 + 2)
     assert formulas.accumulated_gradient_bytes({"a": 3, "b": 4}) == 28
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.data.batches import prepare_data
@@ -81,14 +82,27 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(
     make: Make, tmp_path: Path, method: str, accumulation: int
 ) -> None:
     """The checkpoint falls into an estimation phase, between its first step and its last."""
-    fields = {
-        "method": method,
-        "period": 4,
-        "estimation_steps": 3,
-        "max_steps": 12,
-        "micro_batch_size": 2,
-        "gradient_accumulation": accumulation,
-    }
+    _assert_resumes(make, tmp_path, method=method, gradient_accumulation=accumulation)
+
+
+@pytest.mark.parametrize("optimizer", [name for name in choices("optimizer") if name not in ("auto", "adamw")])
+def test_resumed_run_equals_the_unbroken_one_with_every_optimizer(make: Make, tmp_path: Path, optimizer: str) -> None:
+    _assert_resumes(make, tmp_path, method="random", optimizer=optimizer)
+
+
+@pytest.mark.parametrize("method", ["sift", "spiel-ag", "lora", "full"])
+def test_resumed_run_equals_the_unbroken_one_with_8_bit_states_in_main_memory(
+    make: Make, tmp_path: Path, method: str
+) -> None:
+    fields = {"method": method, "density": 0.6, "lora_rank": 64, "targets": ("up_proj",)}
+    _assert_resumes(make, tmp_path, optimizer_states="8bit", offload_states=True, **fields)
+    held = load_file(tmp_path / "6" / "values.safetensors")
+    assert {tensor.dtype for name, tensor in held.items() if name.endswith("exp_avg")} == {torch.uint8}
+
+
+def _assert_resumes(make: Make, tmp_path: Path, **fields: Any) -> None:
+    settings = {"period": 4, "estimation_steps": 3, "max_steps": 12, "micro_batch_size": 2, "gradient_accumulation": 1}
+    fields = {**settings, **fields}
     whole, _ = make(**fields)
     whole.save = lambda trainer: save_checkpoint(tmp_path, trainer.tuning, trainer.optimizer, Progress(6, 0.0, 0))
     whole.control.checkpoint_requested = lambda: whole.step == 6  # type: ignore[method-assign]
