@@ -1,69 +1,42 @@
 """`python -m engine analyse KIND`: the analyses of both papers from the command line. Torch stays in the workers."""
 
 import argparse
-import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from engine import runs, workers
 from engine.analysis.findings import gradient_findings, landscape_findings
-from engine.analysis.report import new_folder, print_findings, write_report
-from engine.analysis.results import TITLES, Findings, Kind, LandscapeResult, read_gradients
+from engine.analysis.options import Options, add_spec_kind, at_least, finish, folder_of, spec_of
+from engine.analysis.results import Findings, LandscapeResult, read_gradients
+from engine.analysis.sweep_command import add_sweeps
 from engine.errors import BudgetError, EngineError, WorkerError
 from engine.hardware import resolve_device
 from engine.planner.formulas import FP32_BYTES
 from engine.planner.plan import make_plan
-from engine.planner.shape import read_shape, require_weights, target_tensors
-from engine.presets import find_spec_file
+from engine.planner.shape import read_shape, target_tensors
 from engine.spec import RunSpec
-from engine.spec_io import apply_overrides, load_values, parse_spec
 from engine.units import format_bytes
-
-Options = argparse.Namespace
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `analyse` with its kinds, and the worker's command, to the command line."""
     text = "Look into a model, a run or a set of runs as the papers did; writes analysis.json and analysis.html."
     kinds = commands.add_parser("analyse", help=text, description=text).add_subparsers(required=True, metavar="KIND")
-    gradients = _add(kinds, "gradients", _gradients)
-    gradients.add_argument("--batches", type=_at_least(1), default=8, help="micro-batches looked at (default: 8)")
-    landscape = _add(kinds, "landscape", _landscape)
-    landscape.add_argument("--line", type=_at_least(2), default=41, help="points of the line (default: 41)")
-    landscape.add_argument("--grid", type=_at_least(2), default=15, help="points of a side of the plane (default: 15)")
-    landscape.add_argument("--rows", type=_at_least(1), default=16, help="rows the loss is read on (default: 16)")
+    gradients = add_spec_kind(kinds, "gradients", _gradients)
+    gradients.add_argument("--batches", type=at_least(1), default=8, help="micro-batches looked at (default: 8)")
+    landscape = add_spec_kind(kinds, "landscape", _landscape)
+    landscape.add_argument("--line", type=at_least(2), default=41, help="points of the line (default: 41)")
+    landscape.add_argument("--grid", type=at_least(2), default=15, help="points of a side of the plane (default: 15)")
+    landscape.add_argument("--rows", type=at_least(1), default=16, help="rows the loss is read on (default: 16)")
+    add_sweeps(kinds)
     worker = commands.add_parser("analysis-worker", help="Used by the program itself: measure what a folder asks.")
     worker.add_argument("folder", type=Path)
     worker.set_defaults(command=_worker)
-
-
-def _add(kinds: Any, kind: Kind, command: Callable[[Options], int]) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(kind, help=TITLES[kind], description=f"{TITLES[kind]}.")
-    parser.set_defaults(command=command, kind=kind)
-    parser.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field of the spec")
-    _add_output(parser)
-    return parser
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new or empty folder (default: under analyses/)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def _gradients(options: Options) -> int:
@@ -82,22 +55,6 @@ def _landscape(options: Options) -> int:
     _require_room(spec, 4 * FP32_BYTES * read_shape(spec.model, spec.model_revision).num_parameters)
     settings = {"line": options.line, "grid": options.grid, "rows": options.rows}
     return _measured(options, spec, settings, lambda body: landscape_findings(LandscapeResult(**body)))
-
-
-def spec_of(options: Options) -> RunSpec:
-    """Return the spec that a command names.
-
-    Raises:
-        EngineError: it is wrong, or has no dataset.
-    """
-    values = load_values(find_spec_file(options.spec)) if options.spec else {}
-    spec = parse_spec(apply_overrides(values, options.set))
-    if not spec.dataset:
-        raise EngineError(
-            "dataset is missing: name a file, a folder, a bundled dataset such as demo/pirate, or a Hub id."
-        )
-    require_weights(spec.model, spec.model_revision)
-    return spec
 
 
 def _dense_spec(options: Options) -> RunSpec:
@@ -133,7 +90,7 @@ def _measured(
     options: Options, spec: RunSpec, settings: Mapping[str, int], say: Callable[[dict[str, Any]], Findings]
 ) -> int:
     """Let a worker measure, and report what it found."""
-    folder = folder_of(options, spec)
+    folder = folder_of(options, Path(spec.model).name)
     asked = {"spec": spec.model_dump(mode="json"), "settings": dict(settings)}
     runs.write_json(folder / "request.json", {"kind": options.kind, **asked})
     result: dict[str, Any] = {}
@@ -148,23 +105,6 @@ def _measured(
         raise
     print(file=sys.stderr)
     return finish(options, folder, say(result), result, asked)
-
-
-def folder_of(options: Options, spec: RunSpec) -> Path:
-    """Return the folder that the analysis is written into, made anew."""
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{options.kind}-{Path(spec.model).name}"
-    return new_folder(options.out or Path("analyses") / name)
-
-
-def finish(
-    options: Options, folder: Path, findings: Findings, result: Mapping[str, Any], asked: Mapping[str, Any]
-) -> int:
-    """Write and print what was found; return the exit status."""
-    body = write_report(folder, options.kind, findings, result, asked)
-    print_findings(findings, folder, to_stderr=options.json)
-    if options.json:
-        print(json.dumps(body), flush=True)
-    return 0
 
 
 def _worker(options: Options) -> int:
