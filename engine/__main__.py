@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from engine import runs, workers
+from engine.analysis.command import add_commands
 from engine.errors import EngineError
 from engine.planner.plan import Plan, make_plan, plan_table
 from engine.presets import find_spec_file
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--as", dest="kind", choices=("merged", "peft"), default="merged", help="default: merged")
     for sub in (listed, chat, stop, train, export):
         sub.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
+    add_commands(commands)
     add("fields", _fields, "List the fields of a spec with unit, default and meaning.")
     for name in ("worker", "chat-worker"):
         worker = add(name, _worker, "Used by the program itself: train, or chat with, the run in a folder.")

@@ -1,4 +1,4 @@
-"""Start worker processes and talk to them: training, and chat. Never torch, so that the interface can use it.
+"""Start worker processes and talk to them: training, chat, analyses. Never torch, so that the interface can use it.
 
 A training worker lives in a session of its own with its output in a file: it outlives the app. A chat worker speaks
 JSON lines over its pipes and ends when they close.
@@ -123,6 +123,42 @@ def wait_for_end(run: Run, poll_s: float = 0.2) -> RunStatus:
     while has_worker(run):
         time.sleep(poll_s)
     return read_status(run)
+
+
+def measure(folder: Path) -> Iterator[dict[str, Any]]:
+    """Start the process that does what request.json in `folder` asks; yield what it says, the result last.
+
+    Whoever stops listening ends the process. Its standard error goes to output.log in the folder.
+
+    Raises:
+        EngineError: it said what is wrong.
+        WorkerError: it died.
+    """
+    with (folder / "output.log").open("ab") as log:
+        process = subprocess.Popen(
+            _command("analysis-worker", str(folder)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C reaches the caller, who ends it
+            env=_environment(),
+        )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            body: dict[str, Any] = json.loads(line)
+            if "error" in body:
+                raise EngineError(body["error"])
+            yield body
+            if "result" in body:
+                return
+        raise WorkerError(f"The analysis process ended before its result; {folder / 'output.log'} says why.")
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 @dataclass(frozen=True)

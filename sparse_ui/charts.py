@@ -8,14 +8,11 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from engine.analysis.look import AMBER, AXIS, BLUE, CORAL, GREY, PALETTE, TEAL, TEXT, layout
 from engine.events import Evaluated, Probed, Stepped
 from engine.units import GIB, MIB
-from sparse_ui.theme import AMBER, BLUE, CORAL, FONT, GREY, TEAL
 
 MAX_POINTS = 2000
-PALETTE = (BLUE, CORAL, TEAL, AMBER, "#9a82dd", "#6dbb78", GREY)
-_GRID = "rgba(128,138,152,0.22)"
-_TEXT = "#8792a1"
 _HEIGHT = 236
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data flows in a block
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -210,37 +207,9 @@ def _span(figure: go.Figure, steps: Sequence[Stepped]) -> None:
 
 def _figure(key: str, *, hover: str = "", suffix: str = "", height: int = _HEIGHT) -> go.Figure:
     figure = go.Figure()
-    figure.update_layout(
-        template=None,
-        uirevision=key,
-        height=height,
-        autosize=True,
-        margin={"l": 4, "r": 8, "t": 30, "b": 4},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": ", ".join(FONT), "size": 12, "color": _TEXT},
-        hovermode="x unified",
-        hoverlabel={"bgcolor": "#1d232d", "bordercolor": "#1d232d", "font": {"color": "#e8ebf0", "size": 12}},
-        legend={
-            "orientation": "h",
-            "yref": "container",
-            "y": 1,
-            "yanchor": "top",
-            "x": 1,
-            "xanchor": "right",
-            "font": {"size": 11},
-        },
-    )
-    axis = {
-        "gridcolor": _GRID,
-        "zeroline": False,
-        "showline": False,
-        "ticks": "",
-        "automargin": True,
-        "ticklabelstandoff": 6,
-    }
-    figure.update_xaxes(**axis, showgrid=False, rangemode="tozero")
-    figure.update_yaxes(**axis, hoverformat=hover, nticks=5)
+    figure.update_layout(template=None, uirevision=key, **layout(height))
+    figure.update_xaxes(**AXIS, showgrid=False, rangemode="tozero")
+    figure.update_yaxes(**AXIS, hoverformat=hover, nticks=5)
     if suffix:
         figure.update_yaxes(ticksuffix=suffix)
     return figure
@@ -251,5 +220,5 @@ def _finished(figure: go.Figure) -> go.Figure:
     if all(trace.x is None or not len(trace.x) for trace in figure.data):
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
-        figure.add_annotation(text="Nothing yet", showarrow=False, font={"color": _TEXT}, xref="paper", yref="paper")
+        figure.add_annotation(text="Nothing yet", showarrow=False, font={"color": TEXT}, xref="paper", yref="paper")
     return figure

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import gradio as gr
 
-STYLESHEET = Path(__file__).with_name("style.css")
-FONT = ("Inter", "Segoe UI", "system-ui", "sans-serif")
-MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
+from engine.analysis.look import FONT
 
-# The palette of the plots: mid-tones that read on white and on near-black.
-BLUE, TEAL, AMBER, CORAL, GREY = "#5b79e8", "#2fae9f", "#dca340", "#df755c", "#8d96a5"
+STYLESHEET = Path(__file__).with_name("style.css")
+MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
 
 HEAD = f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>"
 

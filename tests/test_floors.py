@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+# An analysis measures in a worker and speaks in the command line's process.
+ANALYSIS_DATA = ("engine.analysis.look", "engine.analysis.results")
+ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "landscape", "twin", "worker"))
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [
-    ("engine.errors", "engine.units", "engine.events", "engine.targets"),
+    ("engine.errors", "engine.units", "engine.events", "engine.targets", *ANALYSIS_DATA),
     ("engine.spec", "engine.spec_rules", "engine.spec_io"),
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.evaluate", "engine.peft_format"),
-    ("engine.chat", "engine.export", "engine.train"),
+    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER),
     ("engine.workers",),
+    ("engine.analysis",),
     ("engine.progress", "engine.__main__"),
     ("sparse_ui",),
     ("app",),
