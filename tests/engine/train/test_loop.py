@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.data.batches import prepare_data
 from engine.errors import TrainingError
-from engine.events import Event, Probed, Selected, Stepped
+from engine.events import Event, Probed, Selected, Stepped, Warned
 from engine.models import load_model, load_tokenizer
 from engine.spec import RunSpec, choices
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -106,6 +106,19 @@ def test_selection_may_look_at_more_batches_than_a_step_has(make: Make) -> None:
     longer.run()
     for name, tensor in _result(step).items():
         assert not name.endswith("indices") or torch.equal(tensor, _result(longer)[name]), name
+
+
+@pytest.mark.parametrize("method", ["sift", "full"])
+def test_the_loss_in_chunks_trains_the_same(make: Make, method: str) -> None:
+    fields = {"method": method, "targets": "all", "max_steps": 3, "micro_batch_size": 4, "gradient_accumulation": 2}
+    plain, _ = make(**fields)
+    chunked, events = make(**fields, chunked_loss=True)
+    plain.run()
+    chunked.run()
+    assert chunked.chunks is not None
+    assert not any(isinstance(event, Warned) for event in events)
+    for name, tensor in _result(plain).items():
+        torch.testing.assert_close(_result(chunked)[name], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_events_come_in_order_and_loss_falls(make: Make) -> None:
