@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.chunked_loss import OutputLayer, chunked_causal_loss
 from engine.data.batches import Batch, Question
 from engine.events import Sample
 
@@ -15,7 +16,9 @@ ANSWER_TOKENS = 96  # an answer that is longer than this is cut, and then counts
 ANSWER_BATCH_TOKENS = 2048  # prompts and answers generated together: 1 GiB of keys and values at 7B in bf16
 
 
-def causal_loss(model: nn.Module, batch: Batch, labelled_tokens: int, device: torch.device) -> Tensor:
+def causal_loss(
+    model: nn.Module, batch: Batch, labelled_tokens: int, device: torch.device, chunks: OutputLayer | None = None
+) -> Tensor:
     """Return the cross-entropy summed over the labelled tokens of `batch` and divided by `labelled_tokens`.
 
     Dividing by the labelled tokens of the whole optimizer step makes one backward of 8 rows and 8 backwards of one
@@ -26,7 +29,10 @@ def causal_loss(model: nn.Module, batch: Batch, labelled_tokens: int, device: to
         batch: labels unshifted, -100 where nothing is predicted.
         labelled_tokens: the divisor, at least 1.
         device: where the model is.
+        chunks: the output layer, where the loss is to be computed in chunks of tokens.
     """
+    if chunks is not None:
+        return chunked_causal_loss(model, chunks, batch, labelled_tokens, device)
     input_ids, mask, labels = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
     logits = model(input_ids=input_ids, attention_mask=mask).logits
     logits = logits[:, :-1].flatten(0, 1)
@@ -38,7 +44,11 @@ def causal_loss(model: nn.Module, batch: Batch, labelled_tokens: int, device: to
 
 @torch.no_grad()
 def heldout_loss(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, interrupted: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+    chunks: OutputLayer | None = None,
 ) -> float:
     """Return the mean loss over all labelled tokens of `batches`; NaN where there are none."""
     was_training = model.training
@@ -47,7 +57,7 @@ def heldout_loss(
     for batch in batches:
         if interrupted():
             break
-        total += float(causal_loss(model, batch, 1, device))
+        total += float(causal_loss(model, batch, 1, device, chunks))
         tokens += batch.labelled_tokens
     model.train(was_training)
     return total / tokens if tokens else float("nan")

@@ -355,6 +355,16 @@ class RunSpec(BaseModel):
             rule="true or false",
         ),
     ] = False
+    chunked_loss: Annotated[
+        bool,
+        About(
+            "memory",
+            "Loss in chunks",
+            "Compute output layer and loss for a few tokens at a time: less memory, the same loss. Where a model's "
+            "output layer is not known, it is computed in one piece.",
+            rule="true or false",
+        ),
+    ] = False
     attention: Annotated[
         Literal["sdpa", "eager"], About("memory", "Attention", "sdpa: fused kernels; eager: plain matrix products.")
     ] = "sdpa"

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.spec", "engine.spec_rules", "engine.spec_io"),
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
-    ("engine.data", "engine.models", "engine.evaluate", "engine.peft_format"),
+    ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.peft_format"),
     ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER),
     ("engine.workers",),
     ("engine.analysis",),

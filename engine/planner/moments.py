@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from engine.planner import activations, formulas
+from engine.planner import activations, formulas, output_layer
 from engine.planner.workload import Workload
 from engine.spec import BASELINES, SPIEL_METHODS
 from engine.spec_rules import entries_move
@@ -72,14 +72,7 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
     saved = activations.blocks_saved_bytes(shape, setting, work.targets.parts)
     saved += activations.shared_saved_bytes(shape, setting)
     saved += 0 if setting.checkpointing else sum(work.adapters_saved.values())
-    flows = any(part.reached for part in work.targets.parts) or shape.embedding in work.numels
-    norm_trained = any(name.endswith(("model.norm.weight", "ln_f.weight")) for name in work.numels)
-    head = activations.head_saved_bytes(shape, setting, norm_trained, work.trains_head) if flows else 0
-    moments = [Moment("loss", saved + head, activations.loss_transient_bytes(shape, setting) + extra)]
-    if work.trains_head:
-        dense = formulas.dense_gradient_bytes(shape.vocabulary * shape.hidden, setting.element_bytes)
-        logits = setting.element_bytes * shape.vocabulary * setting.tokens
-        moments.append(Moment("backward of the output layer", saved + head, logits + dense + reading + extra))
+    moments = _loss_moments(work, saved, reading, extra)
     reached = {part for part in work.targets.parts if part.reached}
     for part in reached:
         # The rebuilt NF4 weight is freed before the dense gradient of its layer is made.
@@ -87,6 +80,40 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
         added = activations.block_backward_bytes(shape, setting, part, dense) + work.adapters_backward_bytes
         moments.append(_block_moment(saved, added, extra))
     return moments
+
+
+def head_kept_bytes(work: Workload) -> int:
+    """Return what the last norm keeps for the backward, and the input of a trained output layer."""
+    shape = work.shape
+    if not (any(part.reached for part in work.targets.parts) or shape.embedding in work.numels):
+        return 0
+    norm_trained = any(name.endswith(("model.norm.weight", "ln_f.weight")) for name in work.numels)
+    # In chunks the gradient of the output layer is made in the forward, and its input is not kept.
+    return activations.head_saved_bytes(shape, work.setting, norm_trained, work.trains_head and not work.chunks_loss)
+
+
+def _loss_moments(work: Workload, saved: int, reading: int, extra: int) -> list[Moment]:
+    """Return the moments between the last block's forward and its backward.
+
+    Args:
+        work: what runs.
+        saved: what the blocks keep.
+        reading: what reads a dense gradient beside it.
+        extra: what else lies in memory meanwhile.
+    """
+    shape, setting, trained = work.shape, work.setting, work.trains_head
+    saved += head_kept_bytes(work)
+    dense = formulas.dense_gradient_bytes(shape.vocabulary * shape.hidden, setting.element_bytes)
+    if not work.chunks_loss:
+        moments = [Moment("loss", saved, activations.loss_transient_bytes(shape, setting) + extra)]
+        if trained:
+            logits = setting.element_bytes * shape.vocabulary * setting.tokens
+            moments.append(Moment("backward of the output layer", saved, logits + dense + reading + extra))
+        return moments
+    left = output_layer.chunked_saved_bytes(shape, setting, trained)
+    forward = output_layer.chunked_forward_bytes(shape, setting, trained)
+    backward = output_layer.chunked_backward_bytes(shape, setting) + (dense + reading if trained else 0)
+    return [Moment("loss", saved + left, max(forward, backward) + extra)]
 
 
 def _block_moment(saved: int, added: int, extra: int) -> Moment:

@@ -84,6 +84,11 @@ def _saves(before: Plan, after: Plan) -> bool:
     return before.peak_bytes - after.peak_bytes >= _SAVES_AT_LEAST * before.peak_bytes
 
 
+def _chunks(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if not spec.chunked_loss:
+        yield "compute the loss in chunks", {"chunked_loss": True}, "no cost to speak of"
+
+
 def _checkpointing(spec: RunSpec, device: Device) -> Iterator[Option]:
     if not spec.gradient_checkpointing:
         yield "turn on gradient checkpointing", {"gradient_checkpointing": True}, "each step takes about a third longer"
@@ -151,6 +156,7 @@ def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 # In the order of what they cost: first time, then the result.
 _KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
+    _chunks,
     _checkpointing,
     _micro_batch,
     _offload,

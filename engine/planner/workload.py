@@ -10,6 +10,7 @@ from engine.hardware import Device, selection_memory_bytes
 from engine.planner import activations, formulas
 from engine.planner.activations import FP32_BYTES, Setting, TrainedParts
 from engine.planner.adapters import adapter_backward_bytes, adapters_saved_bytes
+from engine.planner.output_layer import CHUNKED_FAMILIES
 from engine.planner.shape import ModelShape, target_tensors
 from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.spec_rules import entries_move, optimizer_of
@@ -166,6 +167,11 @@ class Workload:
     def trains_head(self) -> bool:
         """Whether the output layer is a target."""
         return self.shape.head in self.numels
+
+    @property
+    def chunks_loss(self) -> bool:
+        """Whether the loss is computed in chunks of tokens."""
+        return self.spec.chunked_loss and self.shape.family in CHUNKED_FAMILIES
 
     @property
     def block_dense_bytes(self) -> int:

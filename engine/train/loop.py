@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.chunked_loss import output_layer
 from engine.data.batches import Batch, PreparedData, evaluation_batches, step_batches, steps_in_run
 from engine.errors import TrainingError
 from engine.evaluate import answer_questions, causal_loss, exact_match, heldout_loss
-from engine.events import Evaluated, Event, Probed, Selected, Stepped
+from engine.events import Evaluated, Event, Probed, Selected, Stepped, Warned
 from engine.models import resolve_dtype
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
@@ -71,6 +72,9 @@ class Trainer:
         half = resolve_dtype(self.spec.dtype, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.tuning.begin_reselection(self.optimizer, self.total_steps)
+        self.chunks = output_layer(self.model) if self.spec.chunked_loss else None
+        if self.spec.chunked_loss and self.chunks is None:
+            self.emit(Warned("The loss in chunks is not known for this model; the loss is computed in one piece."))
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -179,7 +183,7 @@ class Trainer:
         self.tuning.probe = None
 
     def _backward(self, batch: Batch, labelled_tokens: int) -> float:
-        loss = causal_loss(self.model, batch, labelled_tokens, self.device)
+        loss = causal_loss(self.model, batch, labelled_tokens, self.device, self.chunks)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
@@ -239,7 +243,7 @@ class Trainer:
         """
         stop = self.control.stop_requested
         batches = evaluation_batches(self.data.evaluation[: self.spec.evaluation_rows], self.spec)
-        loss = heldout_loss(self.model, batches, self.device, stop)
+        loss = heldout_loss(self.model, batches, self.device, stop, self.chunks)
         samples = answer_questions(self.model, self.tokenizer, self.data.questions[:answers], stop)
         if stop():
             return None

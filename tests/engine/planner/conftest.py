@@ -1,11 +1,15 @@
-"""Model folders that hold a config.json only: enough to plan."""
+"""Model folders that hold a config.json only: enough to plan; a count of what tensors hold."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 LLAMA_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,3 +34,38 @@ def config_folder(tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return write
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, and the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._drop, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.fixture
+def live() -> TorchDispatchMode:
+    """A mode that counts the bytes of storages alive: `add` for those that were there, `now`, `peak`."""
+    return _LiveStorages()

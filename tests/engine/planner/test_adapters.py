@@ -1,15 +1,11 @@
 """The plan of the baselines against PEFT's own count and against what autograd and the backward really hold."""
 
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.data.batches import Batch
@@ -37,35 +33,6 @@ CONFIG = {
     "pad_token_id": None,
 }
 CPU = Device("cpu", "a CPU", 100 * GIB, 100 * GIB)
-
-
-class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, and the most of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return result
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._drop, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def _case(folder: Path, family: str = "llama", **fields: Any) -> tuple[RunSpec, Any, Plan]:
@@ -105,7 +72,7 @@ def test_lora_on_seven_billion_parameters_has_the_known_count() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("method", "accumulation"), [("lora", 1), ("ia3", 1), ("full", 1), ("full", 2)])
 def test_planned_peak_is_what_two_steps_hold(
-    tmp_path: Path, method: str, accumulation: int, dtype: str, checkpointing: bool
+    tmp_path: Path, live: Any, method: str, accumulation: int, dtype: str, checkpointing: bool
 ) -> None:
     fields = {"method": method, "dtype": dtype, "gradient_checkpointing": checkpointing}
     spec, model, plan = _case(tmp_path, gradient_accumulation=accumulation, **fields)
@@ -114,7 +81,7 @@ def test_planned_peak_is_what_two_steps_hold(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
     tuning = start_tuning(model, spec)
-    with _LiveStorages() as live:
+    with live:
         for parameter in {*model.parameters(), *tuning.values}:
             live.add(parameter.detach())
         optimizer = tuning.make_optimizer()

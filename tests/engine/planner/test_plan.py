@@ -35,7 +35,7 @@ def test_the_parts_add_up_to_the_peak(config_folder: Callable[..., str]) -> None
 def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:
     body = make_plan(_spec(config_folder(), device="cpu", budget_gib=8)).to_dict()
     assert json.loads(json.dumps(body)) == json.loads(json.dumps(body)) != {}
-    assert body["remedies"][0]["changes"] == {"gradient_checkpointing": True}
+    assert {"gradient_checkpointing": True} in [remedy["changes"] for remedy in body["remedies"]]
 
 
 def test_seven_billion_parameters_train_on_24_gib_with_checkpointing(config_folder: Callable[..., str]) -> None:
@@ -71,7 +71,7 @@ def test_remedies_come_in_the_order_of_their_cost(config_folder: Callable[..., s
     shape = read_shape(spec.model)
     plan = estimate(spec, shape, replace(CARD, total_bytes=20 * GIB))
     fields = [next(iter(remedy.changes)) for remedy in find_remedies(spec, shape, CARD, plan)]
-    order = ["gradient_checkpointing", "micro_batch_size", "sequence_length", "density", "targets"]
+    order = ["chunked_loss", "gradient_checkpointing", "micro_batch_size", "sequence_length", "density", "targets"]
     assert [field for field in fields if field in order][: len(order)] == [field for field in order if field in fields]
 
 
@@ -92,7 +92,7 @@ def test_a_plan_that_fits_has_no_remedies(config_folder: Callable[..., str]) -> 
 def test_what_does_not_fit_is_refused_with_remedies(config_folder: Callable[..., str]) -> None:
     plan = make_plan(_spec(config_folder(), device="cpu", dtype="bfloat16", budget_gib=24))
     with pytest.raises(
-        BudgetError, match=r"about \d+\.\d GiB and the budget is 24\.0 GiB: turn on .* raise budget_gib"
+        BudgetError, match=r"about \d+\.\d GiB and the budget is 24\.0 GiB: .*turn on .* raise budget_gib"
     ):
         require_fit(plan)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.data.batches import prepare_data
 from engine.errors import TrainingError
-from engine.events import Event, Probed, Selected, Stepped
+from engine.events import Event, Probed, Selected, Stepped, Warned
 from engine.models import load_model, load_tokenizer
 from engine.sparse.attach import SparseTuning
 from engine.spec import RunSpec, choices
@@ -237,6 +237,19 @@ def test_loss_scale_is_kept_in_the_checkpoint(make: Make, tmp_path: Path) -> Non
     assert resumed.progress() == trainer.progress()
     assert resumed.progress().loss_scale == 2.0**13
     assert resumed.progress().steps_at_scale == 3
+
+
+@pytest.mark.parametrize("method", ["sift", "full"])
+def test_the_loss_in_chunks_trains_the_same(make: Make, method: str) -> None:
+    fields = {"method": method, "targets": "all", "max_steps": 3, "micro_batch_size": 4, "gradient_accumulation": 2}
+    plain, _ = make(**fields)
+    chunked, events = make(**fields, chunked_loss=True)
+    plain.run()
+    chunked.run()
+    assert chunked.chunks is not None
+    assert not any(isinstance(event, Warned) for event in events)
+    for name, tensor in _result(plain).items():
+        torch.testing.assert_close(_result(chunked)[name], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_events_come_in_order_and_loss_falls(make: Make) -> None:

@@ -1,0 +1,169 @@
+"""The cross-entropy in chunks of tokens: the logits of all tokens never exist.
+
+A model of 128 K words has 0.5 MiB of fp32 logits a token, and its loss holds three such tensors. Here the output layer
+and the loss are one function: for each chunk of tokens it makes the logits, their loss and at once their gradient, and
+keeps of it the gradient of the hidden states (Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2;
+without its kernels). Tokens whose label is ignored are left out before the first multiplication.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.data.batches import Batch
+from engine.data.examples import IGNORED
+from engine.planner.output_layer import CHUNKED_FAMILIES, chunk_tokens
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """How the last hidden states become logits: cap * tanh(scale * (x @ weight.T + bias) / cap).
+
+    `cap` is None where there is none; `divisor` and `factor` make the scale, as some families divide and some multiply.
+    """
+
+    weight: Tensor  # (vocabulary, hidden)
+    bias: Tensor | None  # (vocabulary,)
+    cap: float | None
+    divisor: float
+    factor: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of `hidden`, (tokens, hidden), in its dtype: (tokens, vocabulary)."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        if self.divisor != 1 or self.factor != 1:
+            logits = logits.div_(self.divisor).mul_(self.factor)
+        if self.cap is not None:
+            logits = logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative of `logits` by what the matrix product gave; a number where it is the same for all."""
+        scale = self.factor / self.divisor
+        return scale if self.cap is None else (1 - (logits / self.cap).square()).mul_(scale)
+
+
+def output_layer(model: Any) -> OutputLayer | None:
+    """Return the output layer of a causal model of transformers, or None where it is not known to be a plain one.
+
+    It is where the family was compared (`CHUNKED_FAMILIES`), the layer is dense, and nobody replaced its forward.
+    """
+    config: Any = getattr(model, "config", None)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if getattr(config, "model_type", None) not in CHUNKED_FAMILIES or type(head) is not nn.Linear:
+        return None
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    return OutputLayer(
+        head.weight,
+        head.bias,
+        cap=getattr(config, "final_logit_softcapping", None),
+        divisor=getattr(config, "logits_scaling", None) or 1.0,
+        factor=getattr(config, "logit_scale", None) or 1.0,
+    )
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """loss = sum of -log softmax(logits(hidden))[label], with the gradients made in the forward.
+
+    Forward:   for each chunk: p = softmax(logits), g = p - onehot(label), dL/dhidden = g @ W, dL/dW += g.T @ hidden
+    Backward:  both times the gradient of the loss.
+
+    A softmax in fp32 over logits in the dtype of the model, as the plain loss has it; the gradient of W is summed in
+    fp32 over the chunks. The loss is a sum, not a mean, so that gradients in float16 keep their small numbers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layer: OutputLayer
+    ) -> Tensor:
+        """Return the summed loss; keep the gradients.
+
+        Args:
+            ctx: of autograd.
+            hidden: (tokens, hidden).
+            weight: that of `layer`, for its gradient.
+            bias: that of `layer`, for its gradient.
+            labels: (tokens,) int64, none ignored.
+            layer: makes the logits.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        needed = ctx.needs_input_grad[:3]
+        grads = [
+            torch.empty_like(hidden) if needed[0] else None,
+            torch.zeros_like(weight, dtype=wide) if needed[1] else None,
+            torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None,
+        ]
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        size = chunk_tokens(weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            loss += _add_chunk(layer, hidden[rows], labels[rows], grads, rows)
+        ctx.kept = grads
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return what the forward kept, times the gradient of the loss, in fp32: that gradient may be a loss scale."""
+        kept, ctx.kept = ctx.kept, None
+        assert kept is not None, "what the forward kept is scaled in place: one backward a forward"
+        wide, scale = grads[0].dtype, grads[0]
+        scaled = (grad if grad is None else grad.to(wide).mul_(scale).to(ctx.dtype) for grad in kept)
+        return (*scaled, None, None)
+
+
+def _add_chunk(layer: OutputLayer, hidden: Tensor, labels: Tensor, grads: list[Tensor | None], rows: slice) -> Tensor:
+    """Return the loss of one chunk and put its gradients into `grads`: of the hidden states, the weight, the bias."""
+    of_hidden, of_weight, of_bias = grads
+    logits = layer.logits(hidden)  # (chunk, vocabulary)
+    slope = layer.slope(logits)
+    shares = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    del logits
+    chosen = shares.gather(1, labels[:, None])
+    top = shares.amax(1, keepdim=True)
+    shares.sub_(top).exp_()  # in place: the softmax of a chunk is the largest tensor here
+    total = shares.sum(1, keepdim=True)
+    loss = (total.log() + top - chosen).sum()
+    if all(grad is None for grad in grads):
+        return loss
+    shares.div_(total).scatter_add_(1, labels[:, None], torch.full_like(total, -1.0))
+    grad = shares.to(hidden.dtype).mul_(slope)
+    del shares
+    if of_hidden is not None:
+        torch.mm(grad, layer.weight, out=of_hidden[rows])
+    if of_weight is not None:
+        of_weight.add_(grad.T @ hidden)
+    if of_bias is not None:
+        of_bias.add_(grad.sum(0))
+    return loss
+
+
+def chunked_causal_loss(
+    model: nn.Module, layer: OutputLayer, batch: Batch, labelled_tokens: int, device: torch.device
+) -> Tensor:
+    """Return the same as `engine.evaluate.causal_loss`, to the rounding of sums, without the logits of all tokens.
+
+    Args:
+        model: of which `layer` is the output layer.
+        layer: from `output_layer(model)`.
+        batch: labels unshifted, -100 where nothing is predicted.
+        labelled_tokens: the divisor, at least 1.
+        device: where the model is.
+    """
+    labels = batch.labels[:, 1:].flatten()
+    places = (labels != IGNORED).nonzero().flatten()  # in main memory: on a GPU this would wait for it
+    # A token predicts the next one: of each row the last has none.
+    length = batch.labels.shape[1]
+    tokens = places + places // (length - 1)
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    body: Any = getattr(model, str(model.base_model_prefix))
+    hidden = body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    chosen = hidden.index_select(0, tokens.to(device))
+    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        chosen, layer.weight, layer.bias, labels[places].to(device), layer
+    )
+    return loss / labelled_tokens
