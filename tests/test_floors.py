@@ -16,7 +16,10 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.evaluate", "engine.peft_format"),
-    ("engine.chat", "engine.export", "engine.train"),
+    (
+        *("engine.chat", "engine.export", "engine.train"),
+        *("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario"),
+    ),
     ("engine.workers",),
     ("engine.progress", "engine.__main__"),
     ("sparse_ui",),
@@ -36,10 +39,14 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def _floor(module: str) -> int | None:
-    for number, names in enumerate(FLOORS):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return number
-    return None
+    """Return the floor of the longest name that `module` begins with; None outside the project."""
+    fitting = [
+        (len(name), number)
+        for number, names in enumerate(FLOORS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(fitting)[1] if fitting else None
 
 
 def _imports(file: Path) -> Iterator[str]:
