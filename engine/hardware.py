@@ -63,10 +63,13 @@ def main_memory_bytes() -> int:
 
 
 def selection_memory_bytes(memory_gib: float | None) -> int:
-    """Return how much main memory sums of gradients may take: what a spec says, or half of what is free now."""
-    if memory_gib is not None:
-        return int(memory_gib * GIB)
-    return int(psutil.virtual_memory().available) // 2
+    """Return how much main memory sums of gradients may take: what a spec says, or half of this computer's."""
+    return main_memory_bytes() // 2 if memory_gib is None else int(memory_gib * GIB)
+
+
+def free_memory_bytes() -> int:
+    """Return how much of this computer's main memory a process could take now."""
+    return int(psutil.virtual_memory().available)
 
 
 def resolve_device(name: str) -> Device:

@@ -190,7 +190,7 @@ class RunSpec(BaseModel):
             "Selection memory",
             "Most main memory for summing the gradients of several micro-batches that choose entries. Where they need "
             "more, the weights are done in groups, one pass over the micro-batches each, with the same result. Empty: "
-            "half of what is free.",
+            "half of this computer's.",
             "GiB",
             methods=("sift", "fisher", "spiel-ag"),
             detail=True,

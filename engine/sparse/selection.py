@@ -16,7 +16,9 @@ def index_dtype(numel: int) -> torch.dtype:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether no entry of `tensors` is NaN or infinite; one look from the host for all of them."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()) if tensors else True
+    return not tensors or not bool(
+        torch.stack([torch.isfinite(tensor).logical_not().any() for tensor in tensors]).any()
+    )
 
 
 def select_topk_indices(scores: Tensor, count: int) -> Tensor:

@@ -11,13 +11,14 @@ from itertools import islice
 import torch
 
 from engine.data.batches import Batch
-from engine.hardware import selection_memory_bytes
+from engine.hardware import free_memory_bytes, selection_memory_bytes
 from engine.sparse.attach import SparseTuning
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.sift import groups_within
 from engine.sparse.spiel_ag import SpielAG
 from engine.spec_rules import selects_in
 
+_OF_FREE = 0.75  # of the memory that is free: others need some, and a tensor in use comes on top
 Backward = Callable[[Batch, int], float]  # a micro-batch, the labelled tokens to divide by
 
 
@@ -34,7 +35,7 @@ def choose_entries(
         backward: does one; gradients that it leaves behind are thrown away.
     """
     spec, spiel = tuning.spec, tuning.spiel
-    budget = selection_memory_bytes(spec.selection_memory_gib)
+    budget = min(selection_memory_bytes(spec.selection_memory_gib), int(_OF_FREE * free_memory_bytes()))
     if selects_in(step, spec):
         count = spec.selection_micro_steps or spec.gradient_accumulation
         groups = groups_within(tuning.entries, budget) if count > 1 else [tuning.entries]
