@@ -196,7 +196,7 @@ def update_bytes(size: int, optimizer: str, *, ages: bool = False, eight_bit: bo
 
     SM3: of each entry its row and column in int64, both accumulators, their minimum, its square and the update.
     AdamW with ages: the age as a number, both bias corrections, root, denominator and update. With 8-bit states also
-    both moments in fp32; quantising takes 14 bytes beside them: a padded and a scaled copy, codes in int32 and 8 bit.
+    both moments in fp32; quantising takes 14 bytes beside them: scaled numbers, codes and limits of 4 bytes, and masks.
     """
     if optimizer == "sm3":
         return (2 * INT64_BYTES + 6 * FP32_BYTES) * size

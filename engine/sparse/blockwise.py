@@ -3,8 +3,9 @@
 Of each block of 256 numbers the largest magnitude is kept in fp32, and of each number the nearest of 256 codes: signed
 ones for the first moment, unsigned ones for the second. Beside `base_weight.py` the only file that knows bitsandbytes.
 
-On a GPU its kernels quantise. On the CPU its kernel (0.50.2) reads the code from a table of 16 bits, so that all below
-a 65,536th of a block's largest number becomes one code: there the nearest code is found in plain torch.
+Codes and their numbers are those of bitsandbytes, the nearest code is found in plain torch. Of its own kernels (0.50.2)
+the one for the CPU reads codes from a table of 16 bits, so that all below a 65,536th of a block's largest number become
+one; the one for GPUs runs on the legacy default stream, whichever stream is current (its pull request 2052).
 """
 
 from functools import lru_cache
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # bitsandbytes, optimizers of 8 bit
+_DROPPED_BITS = 15  # of fp32; see `_search_table`
 FEWEST = 4096  # smaller tensors stay in fp32: bitsandbytes, min_8bit_size
 
 
@@ -35,31 +37,35 @@ def quantize(numbers: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
         numbers: any shape and float dtype; not negative where `signed` is false.
         signed: which code book.
     """
-    numbers = numbers.detach().float()
-    book = code_book(signed, numbers.device)
-    if numbers.is_cuda:
-        from bitsandbytes.functional import quantize_blockwise
-
-        codes, state = quantize_blockwise(numbers, code=book, blocksize=BLOCK)
-        scales: Tensor = state.absmax
-    else:
-        codes, scales = quantize_nearest(numbers, book)
+    count = numbers.numel()
+    padded = torch.nn.functional.pad(numbers.detach().float().flatten(), (0, -count % BLOCK)).view(-1, BLOCK)
+    scales = torch.maximum(padded.amax(1), -padded.amin(1))
+    scaled = (padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[:count]
+    del padded
+    codes = _nearest(scaled, signed).to(torch.uint8).view(numbers.shape)
     return codes if signed else codes.clamp_(min=1), scales
 
 
-def quantize_nearest(numbers: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest code of each number in the scale of its block, and the scales: the definition.
+def _nearest(scaled: Tensor, signed: bool) -> Tensor:
+    """Return the nearest code, int32, of each number in [-1, 1]: looked up by its first bits, then compared once."""
+    first, limits = _search_table(signed, scaled.device)
+    codes = first.index_select(0, (scaled.view(torch.int32) >> _DROPPED_BITS).bitwise_and_(len(first) - 1))
+    return codes.add_(scaled > limits.index_select(0, codes))
 
-    Args:
-        numbers: fp32, any shape.
-        book: (256,) ascending.
+
+@lru_cache(maxsize=8)
+def _search_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the lowest code among fp32 numbers of equal first bits, (2^17,) int32, and the upper limit of each code.
+
+    Numbers of equal sign, exponent and first 8 bits of the fraction differ by less than a 256th, codes by more than a
+    150th: at most one limit lies between them.
     """
-    count = numbers.numel()
-    padded = torch.nn.functional.pad(numbers.flatten(), (0, -count % BLOCK)).view(-1, BLOCK)
-    scales = torch.linalg.vector_norm(padded, float("inf"), dim=1)
-    scaled = padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, (book[1:] + book[:-1]) / 2, out_int32=True)
-    return codes.flatten()[:count].view(numbers.shape).to(torch.uint8), scales
+    book = code_book(signed, device)
+    limits = torch.cat(((book[1:] + book[:-1]) / 2, book.new_tensor([float("inf")])))
+    lowest = torch.arange(-(2**31), 2**31, 1 << _DROPPED_BITS, device=device).int()
+    bounds = torch.stack((lowest, lowest | (1 << _DROPPED_BITS) - 1)).view(torch.float32)
+    codes = torch.bucketize(bounds.amin(0), limits[:-1], out_int32=True)
+    return codes.roll(len(codes) // 2), limits
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
