@@ -17,7 +17,6 @@ from engine.analysis.options import Options, add_kind, add_spec_kind, at_least, 
 from engine.analysis.results import Findings, LandscapeResult, read_gradients
 from engine.analysis.sweep_command import add_sweeps
 from engine.errors import BudgetError, EngineError, WorkerError
-from engine.hardware import resolve_device
 from engine.planner.formulas import FP32_BYTES
 from engine.planner.plan import make_plan
 from engine.planner.shape import read_shape, target_tensors
@@ -78,9 +77,6 @@ def _dense_spec(options: Options) -> RunSpec:
             f"analyse {options.kind} compares dense weights with random ones, got quantization={spec.quantization}. "
             "Set quantization=none."
         )
-    device = resolve_device(spec.device)
-    if device.name != "cpu" and any(runs.has_worker(run) for run in runs.list_runs(spec.output)):
-        raise EngineError(f"A run is at work on {device.label}. Wait for it to end, or set device=cpu.")
     return spec
 
 
