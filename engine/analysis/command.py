@@ -5,17 +5,18 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from engine import runs, workers
+from engine.analysis.ages import ages_findings, read_births
 from engine.analysis.findings import gradient_findings, landscape_findings
-from engine.analysis.options import Options, add_spec_kind, at_least, finish, folder_of, spec_of
+from engine.analysis.options import Options, add_kind, add_spec_kind, at_least, finish, folder_of, spec_of
 from engine.analysis.results import Findings, LandscapeResult, read_gradients
 from engine.analysis.sweep_command import add_sweeps
 from engine.errors import BudgetError, EngineError, WorkerError
-from engine.hardware import resolve_device
 from engine.planner.formulas import FP32_BYTES
 from engine.planner.plan import make_plan
 from engine.planner.shape import read_shape, target_tensors
@@ -33,6 +34,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     landscape.add_argument("--line", type=at_least(2), default=41, help="points of the line (default: 41)")
     landscape.add_argument("--grid", type=at_least(2), default=15, help="points of a side of the plane (default: 15)")
     landscape.add_argument("--rows", type=at_least(1), default=16, help="rows the loss is read on (default: 16)")
+    ages = add_kind(kinds, "ages", _ages)
+    ages.add_argument("run", nargs="+", help="id or folder of a run of SpIEL, or of SIFT that chooses anew")
+    ages.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
     add_sweeps(kinds)
     worker = commands.add_parser("analysis-worker", help="Used by the program itself: measure what a folder asks.")
     worker.add_argument("folder", type=Path)
@@ -57,6 +61,15 @@ def _landscape(options: Options) -> int:
     return _measured(options, spec, settings, lambda body: landscape_findings(LandscapeResult(**body)))
 
 
+def _ages(options: Options) -> int:
+    named = [runs.open_run(name, options.runs) for name in options.run]
+    found = {run.id: read_births(run) for run in named}
+    folder = folder_of(options, named[0].id)
+    asked = {"settings": {"runs": ", ".join(str(run.path) for run in named)}}
+    result = {name: asdict(births) for name, births in found.items()}
+    return finish(options, folder, ages_findings(found), result, asked)
+
+
 def _dense_spec(options: Options) -> RunSpec:
     spec = spec_of(options)
     if spec.quantization != "none":
@@ -64,9 +77,6 @@ def _dense_spec(options: Options) -> RunSpec:
             f"analyse {options.kind} compares dense weights with random ones, got quantization={spec.quantization}. "
             "Set quantization=none."
         )
-    device = resolve_device(spec.device)
-    if device.name != "cpu" and any(runs.has_worker(run) for run in runs.list_runs(spec.output)):
-        raise EngineError(f"A run is at work on {device.label}. Wait for it to end, or set device=cpu.")
     return spec
 
 

@@ -112,15 +112,16 @@ def plane_figure(result: LandscapeResult) -> Figure:
         "type": "scatter",
         "x": [0, 1],
         "y": [0, 0],
-        "mode": "markers+text",
-        "text": ["random", "model"],
-        "textposition": "top center",
-        "textfont": {"color": "#ffffff"},
+        "mode": "markers",
         "marker": {"color": "#ffffff", "size": 7, "line": {"color": "#1d232d", "width": 1}},
         "hoverinfo": "skip",
     }
     figure = _figure([surface, ends], "alpha, towards the model", "beta, across")
     figure["layout"] |= {"hovermode": "closest", "showlegend": False, "height": HEIGHT + 60}
+    plate = {"showarrow": False, "yshift": 16, "bgcolor": "#1d232d", "font": {"color": "#e8ebf0"}, "borderpad": 2}
+    figure["layout"]["annotations"] = [
+        {"x": at, "y": 0, "text": words, **plate} for at, words in ((0, "random initialisation"), (1, "model"))
+    ]
     return figure
 
 

@@ -7,9 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from engine import runs
 from engine.analysis.report import new_folder, print_findings, write_report
 from engine.analysis.results import TITLES, Findings, Kind
 from engine.errors import EngineError
+from engine.hardware import resolve_device
 from engine.planner.shape import require_weights
 from engine.presets import find_spec_file
 from engine.spec import METHODS, RunSpec
@@ -79,7 +81,7 @@ def spec_of(options: Options) -> RunSpec:
     """Return the spec that a command names.
 
     Raises:
-        EngineError: it is wrong, or has no dataset.
+        EngineError: it is wrong, has no dataset, or a run is at work on its GPU.
     """
     values = load_values(find_spec_file(options.spec)) if options.spec else {}
     spec = parse_spec(apply_overrides(values, options.set))
@@ -88,6 +90,9 @@ def spec_of(options: Options) -> RunSpec:
             "dataset is missing: name a file, a folder, a bundled dataset such as demo/pirate, or a Hub id."
         )
     require_weights(spec.model, spec.model_revision)
+    device = resolve_device(spec.device)
+    if device.name != "cpu" and any(runs.has_worker(run) for run in runs.list_runs(spec.output)):
+        raise EngineError(f"A run is at work on {device.label}. Wait for it to end, or set device=cpu.")
     return spec
 
 

@@ -125,10 +125,11 @@ def _note(shape: ModelShape) -> str:
 def _resident(work: Workload) -> dict[str, int]:
     count, spec = work.num_active, work.spec
     candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
+    births = formulas.births_bytes(count) if spec.method == "spiel-ma" else 0
     return {
         "parameters": work.parameters_bytes,
         "values": work.values_bytes,
         "indices": work.indices_bytes,
         "gradients": formulas.gradients_bytes(count) + candidates,
-        "optimizer_states": 0 if work.offloaded else work.states_bytes,
+        "optimizer_states": births + (0 if work.offloaded else work.states_bytes),
     }

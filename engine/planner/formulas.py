@@ -91,6 +91,11 @@ def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
     return element_bytes * num_active
 
 
+def births_bytes(num_active: int) -> int:
+    """Return the size of what SpIEL-MA knows of each entry's origin: the int16 number of a reselection."""
+    return 2 * num_active
+
+
 def optimizer_states_bytes(
     sizes: Iterable[int], optimizer: str, *, accumulators: int = 0, ages: bool = False, eight_bit: bool = False
 ) -> int:

@@ -40,6 +40,10 @@ class Schedule:
         """Return whether entries are replaced after the update of `step`."""
         return self.phase_step(step) == self.estimation_steps
 
+    def reselections(self, step: int) -> int:
+        """Return how many reselections there were up to the one after `step`; as many as an int16 holds at most."""
+        return min((step - self.estimation_steps) // self.period + 1, 2**15 - 1)
+
     def count(self, step: int, num_active: int) -> int:
         """Return how many of a weight's `num_active` entries are replaced after `step` (equation 8)."""
         if step == self.estimation_steps:
@@ -134,6 +138,8 @@ class SpielMA:
         self._entries = entries
         self._optimizer = optimizer
         self._schedule = schedule
+        # The reselection that chose each entry, from 1; 0 for the random start. AG reads it off Adam's ages instead.
+        self._born = {entry.name: torch.zeros_like(entry.values, dtype=torch.int16) for entry in entries}
 
     def begin_step(self, step: int) -> None:
         """Nothing to prepare."""
@@ -158,12 +164,16 @@ class SpielMA:
                 values = entry.values.detach()
                 positions, source = exchange(entry.placed.long(), values, choose_drop(values, count), grown)
                 replace_entries(entry, positions, source)
+                born = self._born[entry.name]
+                self._born[entry.name] = torch.where(source < 0, self._schedule.reselections(step), born[source])
                 replaced += int((source < 0).sum())
         return Reselected(replaced, sum(entry.num_active for entry in self._entries))
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: the accumulators are the optimizer's."""
-        return {}
+        """Return when each entry was chosen; the accumulators are the optimizer's."""
+        return {f"{name}.born": born for name, born in self._born.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take back."""
+        """Take back what `state` gave."""
+        for entry in self._entries:
+            self._born[entry.name] = state[f"{entry.name}.born"].to(entry.values.device)
