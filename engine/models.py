@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelError
 from engine.hub import hub_online, require_hub
+from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
 from engine.sparse.base_weight import keep_packing, nf4_config
 from engine.spec import RunSpec
@@ -41,11 +49,21 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=spec.attention,
         use_safetensors=True,
+        **_language_model_alone(spec),
         **(quantised if spec.quantization == "nf4" else {}),
     )
     keep_packing(model)
     placed: PreTrainedModel = (model if spec.quantization == "nf4" else model.to(device)).eval()
     return placed
+
+
+def _language_model_alone(spec: RunSpec) -> dict[str, Any]:
+    """Return what loads the language model out of one that also sees, such as Gemma 3; nothing for all others."""
+    config = _load(AutoConfig, spec)
+    language = config.get_text_config()
+    if language is config or type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}
+    return {"config": language, "key_mapping": {LANGUAGE_MODEL: "model.", r"^language_model\.lm_head\.": "lm_head."}}
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
