@@ -6,12 +6,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelError
 from engine.hub import hub_online, require_hub
+from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
 from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
@@ -42,6 +50,7 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=spec.attention,
         use_safetensors=True,
+        **_language_model_alone(spec),
         **(quantised if spec.quantization == "nf4" else {}),
     )
     keep_packing(model)
@@ -60,7 +69,7 @@ def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         ModelError: transformers cannot build it.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
-    config = _load(AutoConfig, spec)
+    config = _language_model_alone(spec).get("config") or _load(AutoConfig, spec)
     dtype = resolve_dtype(spec.dtype, device)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
@@ -69,6 +78,15 @@ def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         describe_in_nf4(model, dtype)
     described: PreTrainedModel = model.eval()
     return described
+
+
+def _language_model_alone(spec: RunSpec) -> dict[str, Any]:
+    """Return what loads the language model out of one that also sees, such as Gemma 3; nothing for all others."""
+    config = _load(AutoConfig, spec)
+    language = config.get_text_config()
+    if language is config or type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return {}
+    return {"config": language, "key_mapping": {LANGUAGE_MODEL: "model.", r"^language_model\.lm_head\.": "lm_head."}}
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:

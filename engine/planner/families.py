@@ -3,7 +3,8 @@
 `EXACT_FAMILIES` were compared with a trace of the real model class; of the others the planner knows less and says so.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,18 @@ _FOUR_NORMS = frozenset(("gemma2", "gemma3_text"))
 _FUSED = frozenset(("phi3",))
 # Where config.json does not say whether the output layer is the embedding.
 _TIED_BY_DEFAULT = frozenset(("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3"))
+# What the config class of a family takes for a number that config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {  # transformers 5.23, Gemma3TextConfig; the files of the 4B model rely on it
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+    }
+}
+# The language model inside one that also sees: its place in the files and in the class.
+LANGUAGE_MODEL = r"^(language_model\.model|model\.language_model)\."
 
 
 class UnknownConfigError(ValueError):
@@ -49,7 +62,7 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
     Raises:
         UnknownConfigError: a number is missing or no whole number.
     """
-    outer, config = config, config.get("text_config") or config
+    outer, config = config, _language_config(config)
     family = str(config.get("model_type") or outer.get("model_type") or "unknown")
     hidden = _whole(config, "hidden_size", "n_embd", "d_model")
     heads = _whole(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -69,6 +82,22 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
         sliding_window=_window(config),
         experts_per_token=_whole(config, "num_experts_per_tok", "num_experts_per_token", default=0),
     )
+
+
+def _language_config(config: dict[str, Any]) -> dict[str, Any]:
+    config = config.get("text_config") or config
+    return {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+
+
+def language_tensors(tensors: Mapping[str, Shape], config: dict[str, Any]) -> Mapping[str, Shape]:
+    """Return the tensors of the language model alone, which is what is loaded, under the names it has by itself."""
+    if not config.get("vision_config") or _language_config(config).get("model_type") not in KNOWN_LAYOUTS:
+        return tensors
+    renamed = {
+        re.sub(LANGUAGE_MODEL, "model.", name).removeprefix("language_model."): shape for name, shape in tensors.items()
+    }
+    own = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+    return {name: shape for name, shape in renamed.items() if name.startswith(own)}
 
 
 def _whole(config: dict[str, Any], *names: str, default: int | None = None) -> int:
@@ -100,7 +129,7 @@ def tensors_of(numbers: Numbers, config: dict[str, Any]) -> dict[str, Shape]:
 
     Families that are not known are taken for the Llama layout with as many experts as the config names.
     """
-    config = config.get("text_config") or config
+    config = _language_config(config)
     if numbers.family == "gpt2":
         return dict(_gpt2(numbers, config))
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (numbers.vocabulary, numbers.hidden)}

@@ -22,6 +22,7 @@ from engine.planner.families import (
     Numbers,
     UnknownConfigError,
     is_tied,
+    language_tensors,
     read_numbers,
     tensors_of,
 )
@@ -203,7 +204,7 @@ def build_shape(source: str, config: dict[str, Any], tensors: Mapping[str, Shape
         ) from None
     tied = is_tied(numbers)
     if tensors is not None:
-        tensors = _parameters(tensors)
+        tensors = language_tensors(_parameters(tensors), config)
         if numbers.tied is None:
             tied = not any(name.endswith(_HEADS) for name in tensors)
         if tied:

@@ -1,12 +1,16 @@
 """Every preset loads, and plans without the Hub, on the card it is meant for."""
 
+import json
+
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.plan import make_plan
 from engine.planner.shape import read_shape
-from engine.presets import list_presets, load_preset
+from engine.presets import known_config, list_presets, load_preset
 from engine.spec_io import load_values
 from engine.units import GIB
 
@@ -21,6 +25,11 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "smollm2-135m": 134_515_008,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    # Of the language model, with the 64 tokens for images that the whole model adds to the vocabulary.
+    "gemma-3-4b": 3_880_099_328 + 64 * 2560,
+    "gemma-3-12b": 11_765_788_416 + 64 * 3840,
 }
 
 
@@ -39,6 +48,17 @@ def test_preset_loads_and_plans(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shape_of_a_preset_has_the_published_count(name: str) -> None:
     assert read_shape(load_preset(name).model, None).num_parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in list_presets() if name.startswith("gemma-3")])
+def test_shape_of_gemma_3_is_that_of_the_class_that_is_loaded(name: str) -> None:
+    model = load_preset(name).model
+    body = json.loads(known_config(model).read_text())
+    config = CONFIG_MAPPING[body.pop("model_type")](**body).get_text_config()
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    tensors = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    assert dict(read_shape(model, None).tensors) == tensors
 
 
 @pytest.mark.parametrize("name", [name for name, path in list_presets().items() if "budget_gib" in load_values(path)])
