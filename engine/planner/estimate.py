@@ -49,10 +49,10 @@ class Plan:
 
     `parts_after_forward`: the same names at the end of a forward, the logits dropped. `reserved_bytes`: what the
     allocator takes from the device at the peak, and `minimum_bytes` the least limit on it under which a step succeeds;
-    both without `context`. `flops`: operations of one optimizer step. `step_s` and `run_s`: seconds, where `rate_note`
-    says what rate was measured; None where none was. `host_bytes`: main memory that the selection, or states kept
-    there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this family of models; `note`
-    says so where they were not.
+    both without `context`. `flops`: operations of one optimizer step, over `tokens` tokens. `step_s` and `run_s`:
+    seconds, where `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the
+    selection, or states kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
+    family of models; `note` says so where they were not.
     """
 
     parts: dict[str, int]
@@ -74,6 +74,7 @@ class Plan:
     reserved_bytes: int
     minimum_bytes: int
     flops: float
+    tokens: int
     step_s: float | None = None
     run_s: float | None = None
     rate_note: str = ""
@@ -120,6 +121,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         reserved_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=RESERVED_FRAGMENTS),
         minimum_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=MINIMUM_FRAGMENTS),
         flops=step_flops(work),
+        tokens=work.setting.tokens * spec.gradient_accumulation,
     )
 
 
