@@ -10,7 +10,9 @@ from pathlib import Path
 from engine import runs, workers
 from engine.analysis.command import add_commands
 from engine.errors import EngineError
-from engine.planner.plan import Plan, make_plan, plan_table
+from engine.plan_text import print_fit, print_plan
+from engine.planner.fit import LARGEST_FIELDS
+from engine.planner.plan import make_plan
 from engine.presets import find_spec_file
 from engine.progress import chat_in_terminal, follow, print_runs
 from engine.spec import RunSpec, about
@@ -49,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--detach", action="store_true", help="start the run and return at once")
     plan = add("plan", _plan, "Say what a spec will need, without running it.")
     plan.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
+    plan.add_argument("--card", metavar="NAME", help='plan for a card that is not here: "RTX 4090 24 GB"')
+    plan.add_argument("--fit", action="store_true", help="print the largest spec that fits, as YAML, and its plan")
+    plan.add_argument(
+        "--largest", choices=LARGEST_FIELDS, help="print the spec with the largest of this field that fits"
+    )
     for sub in (train, plan):
         sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a field of the spec")
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -101,22 +108,15 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    plan = make_plan(_spec_of(options))
+    spec = _spec_of(options)
+    if options.fit or options.largest:
+        return print_fit(spec, options.card, options.largest, as_json=options.json)
+    plan = make_plan(spec, card=options.card)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:
-        _print_plan(plan)
+        print_plan(plan)
     return 0
-
-
-def _print_plan(plan: Plan) -> None:
-    for label, num_bytes in plan_table(plan):
-        print(f"{label:<28}{format_bytes(num_bytes):>12}")
-    print(f"{'Peak':<28}{format_bytes(plan.peak_bytes):>12}   in the {plan.phase}")
-    print(f"{'Between':<28}{format_bytes(plan.lower_bytes):>12}   and {format_bytes(plan.upper_bytes)}")
-    print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
-    for remedy in plan.remedies:
-        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}; {remedy.cost}")
 
 
 def _runs(options: argparse.Namespace) -> int:

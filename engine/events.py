@@ -73,6 +73,17 @@ class ModelLoaded(Event):
 
 
 @dataclass(frozen=True)
+class Preflighted(Event):
+    """A step at the longest batch, `rows` x `length` tokens, went well before the run; `peak_bytes` is what it took."""
+
+    kind: ClassVar[str] = "preflight"
+    rows: int
+    length: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Selected(Event):
     """Trained entries were chosen in `step`, all of them or, where SpIEL drops and grows, `replaced` of them."""
 
@@ -148,7 +159,18 @@ class Checkpointed(Event):
 
 EVENT_TYPES: dict[str, type[Event]] = {
     cls.kind: cls
-    for cls in (StateChanged, Warned, DataPrepared, ModelLoaded, Selected, Stepped, Probed, Evaluated, Checkpointed)
+    for cls in (
+        StateChanged,
+        Warned,
+        DataPrepared,
+        ModelLoaded,
+        Preflighted,
+        Selected,
+        Stepped,
+        Probed,
+        Evaluated,
+        Checkpointed,
+    )
 }
 
 

@@ -1,6 +1,7 @@
 """What this computer has: graphics cards through NVML, memory through psutil. Never torch: it would hold GPU memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import pynvml
@@ -18,16 +19,27 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     temperature_celsius: int | None
+    sm: int = 0
+    own_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run happens: `name` is `cpu` or `cuda:N`; bytes are of that device's memory."""
+    """Where a run happens: `name` is `cpu` or `cuda:N`; bytes are of that device's memory.
+
+    `own_bytes` of a GPU are held by workers of this program: a run waits until they end. `sm`: compute capability, 89
+    for 8.9, 0 where it is not known. `context_bytes` and `workspace_bytes` were measured on this device
+    (`planner/calibration.py`), or are None.
+    """
 
     name: str
     label: str
     total_bytes: int
     free_bytes: int
+    sm: int = 0
+    own_bytes: int = 0
+    context_bytes: int | None = None
+    workspace_bytes: int | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -54,7 +66,33 @@ def _read_gpu(index: int) -> Gpu:
         temperature: int | None = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
     except pynvml.NVMLError:
         temperature = None
-    return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), temperature)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        index,
+        str(pynvml.nvmlDeviceGetName(handle)),
+        int(memory.total),
+        int(memory.free),
+        temperature,
+        10 * major + minor,
+        _held_by_workers(handle),
+    )
+
+
+def _held_by_workers(handle: Any) -> int:
+    """Return what the worker processes of this program hold on a GPU; 0 where the driver does not tell."""
+    try:
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return 0
+    return sum(int(process.usedGpuMemory or 0) for process in processes if _is_worker(process.pid))
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return words[1:3] == ["-m", "engine"] and words[3:4] in (["worker"], ["chat-worker"])
 
 
 def main_memory_bytes() -> int:
@@ -90,9 +128,14 @@ def resolve_device(name: str) -> Device:
         has = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "no NVIDIA GPU that a driver answers for"
         raise DeviceError(f"device {name!r} is not here: this computer has {has}. Use device=auto or device=cpu.")
     gpu = gpus[index]
-    return Device(f"cuda:{index}", gpu.name, gpu.total_bytes, gpu.free_bytes)
+    return Device(f"cuda:{index}", gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.sm, gpu.own_bytes)
 
 
 def budget_bytes_of(budget_gib: float | None, device: Device) -> int:
-    """Return the budget of a run in bytes: what the spec says, else all the memory of the device."""
-    return device.total_bytes if budget_gib is None else int(budget_gib * GIB)
+    """Return the budget of a run in bytes: what the spec says, on a GPU never more than is free there.
+
+    Without one: the free memory of a GPU, all main memory on the CPU, where what is free changes by the second.
+    """
+    most = device.total_bytes if device.is_cpu else min(device.total_bytes, device.free_bytes + device.own_bytes)
+    asked = most if budget_gib is None else int(budget_gib * GIB)
+    return asked if device.is_cpu else min(asked, most)

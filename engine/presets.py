@@ -25,6 +25,11 @@ def known_config(model: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def preset_models() -> list[str]:
+    """Return the Hub models that the presets name, whose sizes are bundled."""
+    return [path.stem.replace("--", "/", 1) for path in sorted((PRESETS / "configs").glob("*.json"))]
+
+
 def list_presets() -> dict[str, Path]:
     """Return the presets: name to YAML file."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}

@@ -9,7 +9,17 @@ from rich.table import Table
 
 from engine import runs, workers
 from engine.errors import EngineError
-from engine.events import DataPrepared, Evaluated, Event, ModelLoaded, Selected, StateChanged, Stepped, Warned
+from engine.events import (
+    DataPrepared,
+    Evaluated,
+    Event,
+    ModelLoaded,
+    Preflighted,
+    Selected,
+    StateChanged,
+    Stepped,
+    Warned,
+)
 from engine.runs import Run, RunStatus
 from engine.units import format_bytes, format_count, format_duration, format_percent
 
@@ -77,6 +87,9 @@ def _line(event: Event) -> str:
                 f"Model: {format_count(event.num_parameters)} parameters in {event.dtype} on {event.device}; trained: "
                 f"{format_count(event.num_active)} entries of {event.tensors} weights"
             )
+        case Preflighted():
+            size, peak = f"{event.rows} x {event.length:,} tokens", format_bytes(event.peak_bytes)
+            return f"Tried: one step of {size}, the longest batch; peak {peak}"
         case Selected():
             share = f"{format_percent(event.density)} of the targets"
             replaced = f", {format_percent(event.replaced / event.num_active)} of them new" if event.step > 1 else ""

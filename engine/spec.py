@@ -389,6 +389,17 @@ class RunSpec(BaseModel):
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**32), About("training", "Seed", "Decides data order and random choices.")] = 0
 
+    preflight: Annotated[
+        bool,
+        About(
+            "training",
+            "Try first",
+            "Before the run, one step at the longest batch, and on a GPU an evaluation batch and a checkpoint: what "
+            "will run out of memory does so in the first minute. The run is the same with and without.",
+            rule="true or false",
+        ),
+    ] = True
+
     evaluation_interval: Annotated[
         int, Field(ge=0), About("evaluation", "Evaluate every", "0: only before and after.", "steps")
     ] = 50

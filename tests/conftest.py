@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: seeds, a tiny model, the folder of real data beside the project where there is one."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs measure here is kept apart from what the user's own runs measured."""
+    os.environ["SPARSE_TUNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

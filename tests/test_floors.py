@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE),
     ("engine.workers",),
     ("engine.analysis",),
-    ("engine.progress", "engine.__main__"),
+    ("engine.progress", "engine.plan_text", "engine.__main__"),
     ("sparse_ui",),
     ("app",),
 ]

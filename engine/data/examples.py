@@ -49,6 +49,13 @@ class Examples(Sequence[Example]):
         """Tokens of all examples together."""
         return len(self._ids)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, (examples,)."""
+        ends = np.asarray(self._ends, dtype=np.int64)
+        lengths: NDArray[np.int64] = ends - np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        return lengths
+
     def append(self, example: Example) -> None:
         """Add one example at the end."""
         self._ids.frombytes(np.ascontiguousarray(example.input_ids, dtype=np.int32).tobytes())

@@ -87,21 +87,21 @@ def _parts_of(words: set[str], reached: bool, entered: bool) -> TrainedParts:
 
 
 def choose_kernel(
-    shape: ModelShape, attention: str, element_bytes: int, rows: int, length: int, on_cpu: bool
+    shape: ModelShape, attention: str, element_bytes: int, rows: int, length: int, on_cpu: bool, sm: int = 0
 ) -> Kernel:
     """Return the attention kernel that PyTorch picks in training.
 
     Rows of different lengths are padded and a window shorter than the row cuts it: both need a mask, which flash on
     CUDA does not take; the memory-efficient kernel does, over repeated keys and values. Without a mask, fp32 on CUDA
     takes the efficient kernel, or the plain one where several heads share a key (torch 2.13, sdp_utils.cpp). The CPU
-    has one flash-like kernel for all of these.
+    has one flash-like kernel for all of these. Flash on CUDA begins at compute capability 8.0 (`sm` 80; 0: unknown).
     """
     if attention == "eager":
         return "eager"
     windowed = shape.sliding_window is not None and length >= shape.sliding_window
     if rows > 1 or windowed:
         return "masked"
-    if on_cpu or (element_bytes == 2 and shape.head_dim <= 256):
+    if on_cpu or (element_bytes == 2 and shape.head_dim <= 256 and not 0 < sm < 80):
         return "flash"
     return "efficient" if shape.kv_heads == shape.heads else "math"
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from engine.hardware import Device, budget_bytes_of
 from engine.planner import formulas
-from engine.planner.moments import host_bytes, run_moments
+from engine.planner.duration import step_flops
+from engine.planner.moments import after_forward_bytes, host_bytes, run_moments
 from engine.planner.shape import ModelShape
 from engine.planner.workload import Workload, build_workload
 from engine.spec import RunSpec
@@ -26,6 +27,10 @@ GENERIC_MARGINS = (0.65, 1.40)
 RESIDENT_MARGINS = (1.00, 1.01)
 # Process, CUDA context and library workspaces differ by machine, driver and build.
 SURROUNDINGS_MARGINS = (0.65, 1.35)
+MEASURED_MARGINS = (0.90, 1.10)  # where a probe measured them on this device
+# Of what comes and goes: the gaps that the caching allocator cannot use. Below the first a step has been seen to grow
+# its reserve; the least limit is lower, as the allocator gives cached blocks back before it gives up. First guesses.
+RESERVED_FRAGMENTS, MINIMUM_FRAGMENTS = 0.06, 0.02
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,12 @@ class Remedy:
 class Plan:
     """What a run will need on its device. `parts` are bytes at the peak and add up to `peak_bytes`.
 
-    `host_bytes`: main memory that the selection, or states kept there, need beside a run on a GPU. `exact`: whether the
-    closed forms were checked on this family of models; `note` says so where they were not.
+    `parts_after_forward`: the same names at the end of a forward, the logits dropped. `reserved_bytes`: what the
+    allocator takes from the device at the peak, and `minimum_bytes` the least limit on it under which a step succeeds;
+    both without `context`. `flops`: operations of one optimizer step, over `tokens` tokens. `step_s` and `run_s`:
+    seconds, where `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the
+    selection, or states kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
+    family of models; `note` says so where they were not.
     """
 
     parts: dict[str, int]
@@ -61,6 +70,14 @@ class Plan:
     host_bytes: int
     exact: bool
     note: str
+    parts_after_forward: dict[str, int]
+    reserved_bytes: int
+    minimum_bytes: int
+    flops: float
+    tokens: int
+    step_s: float | None = None
+    run_s: float | None = None
+    rate_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""
@@ -76,14 +93,14 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total - sum(resident[part] for part in each.without))
-    resident |= dict.fromkeys(moment.without, 0)
-    surroundings = {
-        "workspace": formulas.workspace_bytes(work.on_cpu),
-        "context": formulas.context_bytes(work.on_cpu),
-    }
-    parts = resident | {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
+    surroundings = _surroundings(device)
+    after = resident | {"saved_activations": after_forward_bytes(work), "transients": 0} | surroundings
+    parts = resident | dict.fromkeys(moment.without, 0)
+    parts |= {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
     peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device)
-    lower, upper = _bounds(work, sum(resident.values()), moment.total, sum(surroundings.values()))
+    staying = sum(parts[name] for name in resident)
+    lower, upper = _bounds(work, staying, moment.total, device, sum(surroundings.values()))
+    allocated = peak - parts["context"]
     return Plan(
         parts=parts,
         peak_bytes=peak,
@@ -100,16 +117,29 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         host_bytes=0 if work.on_cpu else host_bytes(work),
         exact=shape.exact,
         note=_note(shape),
+        parts_after_forward=after,
+        reserved_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=RESERVED_FRAGMENTS),
+        minimum_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=MINIMUM_FRAGMENTS),
+        flops=step_flops(work),
+        tokens=work.setting.tokens * spec.gradient_accumulation,
     )
 
 
-def _bounds(work: Workload, resident: int, moving: int, surroundings: int) -> tuple[int, int]:
+def _surroundings(device: Device) -> dict[str, int]:
+    workspace, context = device.workspace_bytes, device.context_bytes
+    return {
+        "workspace": formulas.workspace_bytes(device.is_cpu, device.sm) if workspace is None else workspace,
+        "context": formulas.context_bytes(device.is_cpu) if context is None else context,
+    }
+
+
+def _bounds(work: Workload, resident: int, moving: int, device: Device, surroundings: int) -> tuple[int, int]:
     staying = RESIDENT_MARGINS if work.shape.counted else GENERIC_MARGINS
     checked = CPU_MARGINS if work.on_cpu else CUDA_MARGINS
     margins = checked if work.shape.exact else GENERIC_MARGINS
+    around = SURROUNDINGS_MARGINS if device.context_bytes is None else MEASURED_MARGINS
     low, high = (
-        int(resident * staying[side] + moving * margins[side] + surroundings * SURROUNDINGS_MARGINS[side])
-        for side in (0, 1)
+        int(resident * staying[side] + moving * margins[side] + surroundings * around[side]) for side in (0, 1)
     )
     return low, high
 

@@ -54,6 +54,7 @@ class Numbers:
     tied: bool | None
     sliding_window: int | None
     experts_per_token: int
+    positions: int | None = None
 
 
 def read_numbers(config: dict[str, Any]) -> Numbers:
@@ -81,6 +82,7 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
         tied=bool(tied) if tied is not None else None,
         sliding_window=_window(config),
         experts_per_token=_whole(config, "num_experts_per_tok", "num_experts_per_token", default=0),
+        positions=_whole(config, "max_position_embeddings", "n_positions", default=0) or None,
     )
 
 

@@ -19,8 +19,9 @@ HOST_PROCESS_BYTES = 512 * MIB
 # A CUDA context with its kernels takes 450 +- 150 MiB, by driver and card; measured only by starting one.
 CUDA_CONTEXT_BYTES = 450 * MIB
 # cuBLAS keeps one workspace a stream and a thread that calls it: the forward's and the backward's. 8.125 MiB each up to
-# sm_89, 32 MiB on sm_90 (PyTorch, CUDABlas.cpp); the larger is planned.
+# sm_89, 32 MiB on sm_90 and later (PyTorch, CUDABlas.cpp); where the card is not known, the larger is planned.
 CUDA_WORKSPACE_BYTES = 2 * 32 * MIB
+CUDA_SMALL_WORKSPACE_BYTES = 2 * (8 * MIB + MIB // 8)
 # Buffers of oneDNN and OpenMP, small tensors, stacks of threads: 35 to 50 MiB beyond the closed forms in two steps of a
 # model of 63 M parameters, with glibc's mmap threshold at 1 MiB (left alone it keeps freed blocks, 13 to 30 percent).
 CPU_WORKSPACE_BYTES = 40 * MIB
@@ -44,6 +45,7 @@ OPTIMIZERS: Mapping[str, tuple[int, int, int]] = {
     "asgd": (1, 3, 0),
 }
 FUSED = ("adamw", "sgd")
+SEGMENT_BYTES = 2 * MIB  # PyTorch, c10/cuda/CUDACachingAllocator.cpp
 
 
 def parameters_bytes(num_parameters: int, element_bytes: int) -> int:
@@ -220,6 +222,22 @@ def context_bytes(on_cpu: bool) -> int:
     return HOST_PROCESS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
 
 
-def workspace_bytes(on_cpu: bool) -> int:
-    """Return what the matrix libraries keep for themselves."""
-    return CPU_WORKSPACE_BYTES if on_cpu else CUDA_WORKSPACE_BYTES
+def workspace_bytes(on_cpu: bool, sm: int = 0) -> int:
+    """Return what the matrix libraries keep for themselves; `sm`: compute capability, 89 for 8.9, 0: not known."""
+    if on_cpu:
+        return CPU_WORKSPACE_BYTES
+    return CUDA_SMALL_WORKSPACE_BYTES if 0 < sm < 90 else CUDA_WORKSPACE_BYTES
+
+
+def reserved_bytes(allocated: int, moving: int, *, fragments: float) -> int:
+    """Return what the caching allocator takes from the device for `allocated` bytes of tensors.
+
+    Blocks above 10 MiB are rounded up to 2 MiB, smaller ones are cut from segments of 20 or 2 MiB, so that what comes
+    and goes leaves gaps that a later tensor of another size does not fill: `fragments` of it. What stays was allocated
+    first and lies close.
+    """
+    return _up(allocated + int(fragments * moving), SEGMENT_BYTES)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -69,9 +69,7 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
         extra: what else lies in memory meanwhile.
     """
     shape, setting = work.shape, work.setting
-    saved = activations.blocks_saved_bytes(shape, setting, work.targets.parts)
-    saved += activations.shared_saved_bytes(shape, setting)
-    saved += 0 if setting.checkpointing else sum(work.adapters_saved.values())
+    saved = blocks_kept_bytes(work)
     moments = _loss_moments(work, saved, reading, extra)
     reached = {part for part in work.targets.parts if part.reached}
     for part in reached:
@@ -80,6 +78,22 @@ def step_moments(work: Workload, reading: int, extra: int = 0) -> list[Moment]:
         added = activations.block_backward_bytes(shape, setting, part, dense) + work.adapters_backward_bytes
         moments.append(_block_moment(saved, added, extra))
     return moments
+
+
+def blocks_kept_bytes(work: Workload) -> int:
+    """Return what the blocks, what they share and the adapters in them keep for the backward."""
+    kept = activations.blocks_saved_bytes(work.shape, work.setting, work.targets.parts)
+    kept += activations.shared_saved_bytes(work.shape, work.setting)
+    return kept + (0 if work.setting.checkpointing else sum(work.adapters_saved.values()))
+
+
+def after_forward_bytes(work: Workload) -> int:
+    """Return what blocks, last norm and loss keep at the end of a forward; the logits are dropped."""
+    if work.chunks_loss:
+        loss = output_layer.chunked_saved_bytes(work.shape, work.setting, work.trains_head)
+    else:
+        loss = activations.loss_saved_bytes(work.shape, work.setting)
+    return blocks_kept_bytes(work) + head_kept_bytes(work) + loss
 
 
 def head_kept_bytes(work: Workload) -> int:

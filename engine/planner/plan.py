@@ -1,16 +1,19 @@
-"""The plan of a run on this computer: peak memory by part, whether it fits the budget, what would make it fit."""
+"""The plan of a run on this computer or a card: peak memory by part, whether it fits, what would make it fit."""
 
 from dataclasses import replace
 
 from engine.errors import BudgetError
-from engine.hardware import main_memory_bytes, resolve_device
+from engine.hardware import Device, main_memory_bytes, resolve_device
+from engine.planner.calibration import calibrated, rate_for
+from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
-from engine.planner.shape import read_shape
+from engine.planner.shape import ModelShape, read_shape
+from engine.planner.workload import dtype_of
 from engine.spec import RunSpec
 from engine.units import format_bytes
 
-__all__ = ["LABELS", "Plan", "Remedy", "make_plan", "plan_table", "require_fit"]
+__all__ = ["LABELS", "Plan", "Remedy", "make_plan", "plan_device", "plan_table", "require_fit"]
 
 LABELS = {
     "parameters": "Base weights",
@@ -26,23 +29,50 @@ LABELS = {
 _REMEDIES_IN_SENTENCE = 2
 
 
-def make_plan(spec: RunSpec, *, with_remedies: bool = True) -> Plan:
-    """Return the plan of `spec` on this computer, in milliseconds once the model's shape was read.
+def plan_device(spec: RunSpec, card: str | None = None) -> Device:
+    """Return the device to plan for: the card of this name, else the spec's own device, with what a probe measured.
+
+    Raises:
+        DeviceError: there is no such card, or the device is not here.
+    """
+    return card_device(card) if card else calibrated(resolve_device(spec.device))
+
+
+def make_plan(
+    spec: RunSpec, *, with_remedies: bool = True, card: str | None = None, longest_row: int | None = None
+) -> Plan:
+    """Return the plan of `spec` on this computer or a card, in milliseconds once the model's shape was read.
 
     Args:
         spec: what is asked.
         with_remedies: whether to look for what would make it fit; some twenty plans more.
+        card: a card to plan for that is not in this computer, by name; see `cards.CARDS`.
+        longest_row: tokens of the longest row of the dataset, where that is known: no batch is longer.
 
     Raises:
         ModelError: the model cannot be found or read.
         HubUnreachableError: it is on the Hub, which does not answer.
         TargetsError: `targets` match no weight.
-        DeviceError: the device is not here.
+        DeviceError: the device is not here, or there is no such card.
     """
-    device = resolve_device(spec.device)
+    device = plan_device(spec, card)
     shape = read_shape(spec.model, spec.model_revision)
-    plan = estimate(spec, shape, device)
+    if longest_row is not None:
+        spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, longest_row)})
+    plan = with_time(estimate(spec, shape, device), spec, shape, device)
     return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
+
+
+def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
+    """Return `plan` with the seconds of a step, and of the run where its steps are known, from a measured rate."""
+    dtype = dtype_of(spec, device)
+    rate = rate_for(device, dtype, shape.hidden)
+    if rate is None:
+        note = f"No time: no run in {dtype} on a model of about this width was measured on {device.label}."
+        return replace(plan, rate_note=f"{note} `python -m engine calibrate` measures one.")
+    step_s = plan.flops / rate
+    run_s = step_s * spec.max_steps if spec.max_steps else None
+    return replace(plan, step_s=step_s, run_s=run_s, rate_note=f"at {rate / 1e12:.3g} TFLOP/s, as measured")
 
 
 def require_fit(plan: Plan) -> None:

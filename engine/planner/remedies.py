@@ -28,7 +28,7 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
         return estimate(spec.model_copy(update=changes), shape, device)
 
     singles = []
-    for kind in _KINDS:
+    for kind in KINDS:
         found = _first_enough(kind(spec, device), replan)
         if found and _saves(plan, found[3]):
             title, changes, cost, changed = found
@@ -63,7 +63,7 @@ def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> R
     costs: list[str] = []
     merged: Changes = {}
     latest = plan
-    for kind in _KINDS:
+    for kind in KINDS:
         current = spec.model_copy(update=merged)
 
         def replan(changes: Changes, current: RunSpec = current) -> Plan:
@@ -155,7 +155,7 @@ def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 
 # In the order of what they cost: first time, then the result.
-_KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
+KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
     _chunks,
     _checkpointing,
     _micro_batch,

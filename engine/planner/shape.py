@@ -57,6 +57,7 @@ class ModelShape:
     dtype: str  # as stored: BF16, F16, F32; empty where there are no weights
     exact: bool  # whether the closed forms were checked on this family
     counted: bool  # whether the tensors are the model's own, or a guess at a family that is not known
+    positions: int | None = None  # tokens of the longest row the model was made for
 
     @cached_property
     def num_parameters(self) -> int:
@@ -238,6 +239,7 @@ def _shape_of(source: str, numbers: Numbers, tied: bool, tensors: Mapping[str, S
         dtype=dtype,
         exact=numbers.family in EXACT_FAMILIES and not numbers.experts_per_token,
         counted=bool(dtype) or numbers.family in KNOWN_LAYOUTS,
+        positions=numbers.positions,
     )
 
 

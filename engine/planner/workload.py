@@ -194,15 +194,19 @@ class Workload:
         return formulas.dequantised_bytes(max(self.quantised, default=0), self.setting.element_bytes)
 
 
+def dtype_of(spec: RunSpec, device: Device) -> str:
+    """Return the data type of the base weights, with `auto` resolved."""
+    return spec.dtype if spec.dtype != "auto" else ("float32" if device.is_cpu else "bfloat16")
+
+
 def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload:
     """Return `spec` on a model and a device.
 
     Raises:
         TargetsError: `targets` match no weight.
     """
-    dtype = spec.dtype if spec.dtype != "auto" else ("float32" if device.is_cpu else "bfloat16")
-    e, rows, length = ELEMENT_BYTES[dtype], spec.micro_batch_size, spec.sequence_length
-    kernel = activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu)
+    e, rows, length = ELEMENT_BYTES[dtype_of(spec, device)], spec.micro_batch_size, spec.sequence_length
+    kernel = activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu, device.sm)
     # What an adapter in fp32 reads is kept as the input of a trained weight is; in 16 bit, a copy.
     keeps_inputs = spec.method != "ia3" and (spec.method != "lora" or e == FP32_BYTES)
     targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None, keeps_inputs)

@@ -14,6 +14,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -126,6 +127,10 @@ class AdapterTuning(_Baseline):
         keep_dtype_of_ia3(self._adapter)
         self._values = {name: each for name, each in self._adapter.named_parameters() if each.requires_grad}
 
+    def detach(self) -> None:
+        """Put the layers back that PEFT wrapped."""
+        self._adapter.unload()
+
     def save_result(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and delta.json beside it."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +152,7 @@ class FullTuning(_Baseline):
             TargetsError: there is none.
         """
         super().__init__(model, spec)
+        self._hooks: list[RemovableHandle] = []
         for name in match_targets({name: tuple(weight.shape) for name, weight in self._weights.items()}, spec.targets):
             weight = self._weights[name]
             assert isinstance(weight, nn.Parameter), "full over NF4 is refused with the spec"
@@ -155,7 +161,12 @@ class FullTuning(_Baseline):
             if weight.dtype in (torch.bfloat16, torch.float16):
                 self._values[name] = nn.Parameter(weight.detach().float())
                 self._masters.append((weight, self._values[name]))
-                weight.register_post_accumulate_grad_hook(_move_gradient(self._values[name]))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(_move_gradient(self._values[name])))
+
+    def detach(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
 
     def save_result(self, folder: Path) -> None:
         """Write the tuned weights, in the dtype of the model, to delta.safetensors, and delta.json beside it."""

@@ -116,6 +116,11 @@ class Trainer:
             self.elapsed_s = before + time.monotonic() - started
         return True
 
+    def rehearse(self) -> None:
+        """Do the backwards of the first step and no update; gradients and what was chosen by them stay behind."""
+        self.model.train()
+        self._gradient(1, step_batches(self.data.training, self.spec, 1))
+
     def _between_steps(self) -> None:
         last = self.step == self.total_steps
         if _due(self.step, self.spec.evaluation_interval) and not last:

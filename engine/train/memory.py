@@ -5,6 +5,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.planner.plan import Plan
+
 
 class MemoryMeter:
     """Reads current and peak bytes of a run on its device.
@@ -43,3 +45,15 @@ def _peak_resident_bytes() -> int:
         return 0
     line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
     return int(line.split()[1]) * 1024
+
+
+def hold_to_budget(plan: Plan, device: torch.device) -> None:
+    """Let this process have no more of a GPU than the budget of `plan`; on the CPU nothing is held back.
+
+    PyTorch's limit is on what its allocator takes, and the CUDA context lies outside of it.
+    """
+    if device.type != "cuda":
+        return
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    share = (plan.budget_bytes - plan.parts["context"]) / total_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)

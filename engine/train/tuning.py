@@ -69,6 +69,9 @@ class Tuning(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave, and write the values into the weights."""
 
+    def detach(self) -> None:
+        """Take everything off the model, which is the base again; a full tuning leaves its weights as they are."""
+
     def save_result(self, folder: Path) -> None:
         """Write what `results.apply_result` puts into the base again."""
 

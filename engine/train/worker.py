@@ -1,20 +1,19 @@
 """The process that trains one run: locks, loads, trains, saves, and says how it went in the run folder."""
 
-import math
 import signal
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
 
 import filelock
 import psutil
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from engine.data.batches import prepare_data
+from engine.data.batches import PreparedData, prepare_data
 from engine.errors import EngineError, TrainingError
 from engine.events import (
     Checkpointed,
@@ -45,7 +44,9 @@ from engine.sparse.base_weight import base_weights
 from engine.spec import RunSpec
 from engine.train.checkpoint import load_checkpoint, save_checkpoint
 from engine.train.loop import Trainer
-from engine.train.memory import MemoryMeter
+from engine.train.memory import MemoryMeter, hold_to_budget
+from engine.train.preflight import Preflight, is_out_of_memory, longest_row
+from engine.train.report import write_report
 from engine.train.tuning import start_tuning
 
 LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
@@ -128,7 +129,7 @@ def main(run: Run) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, EngineError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return (
             "The device ran out of memory. Lower micro_batch_size or sequence_length, "
             "or set gradient_checkpointing=true."
@@ -164,11 +165,16 @@ def _device_turn(run: Run, journal: Journal) -> Iterator[bool]:
 def _work(run: Run, journal: Journal) -> None:
     spec = read_spec(run)
     journal.state("preparing", "Reading the dataset.")
-    plan = make_plan(spec)
-    require_fit(plan)
+    require_fit(make_plan(spec))
     device = torch.device(resolve_device(spec.device).name)
+    tokenizer = load_tokenizer(spec)
+    data = prepare_data(spec, tokenizer)
+    journal.emit(data.summary)
+    plan = make_plan(spec, longest_row=longest_row(data))  # no batch is longer, so the bar is true
+    write_json(run.path / "plan.json", plan.to_dict())
+    hold_to_budget(plan, device)
     torch.manual_seed(spec.seed)
-    trainer = _build(spec, run, journal, device)
+    trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device))
     base = _base_figures(run, trainer, journal)
     if base is None:
         journal.state("stopped", "Stopped before the first step.")
@@ -189,18 +195,34 @@ def _work(run: Run, journal: Journal) -> None:
     tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if reached_end else None
     # Stopped while it evaluated the result, a run goes on from its last step to that evaluation.
     state: RunState = "finished" if tuned is not None else "stopped"
-    _write_report(run, trainer, base, tuned, _comparable_bytes(plan, device), state)
+    write_report(run, trainer, base, tuned, plan, state)
     journal.state(state)
 
 
-def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> Trainer:
-    tokenizer = load_tokenizer(spec)
-    data = prepare_data(spec, tokenizer)
-    journal.emit(data.summary)
+@dataclass(frozen=True)
+class Loaded:
+    """What a run has before its model."""
+
+    spec: RunSpec
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    plan: Plan
+    device: torch.device
+
+
+def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
+    spec, device, data = loaded.spec, loaded.device, loaded.data
     journal.state("preparing", "Loading the model.")
     begun = time.monotonic()
     model = load_model(spec, device)
+    loading_s = time.monotonic() - begun
     num_parameters = sum(weight.numel() for weight in base_weights(model).values())
+    checkpoint, tried_bytes = latest_checkpoint(run), 0
+    if spec.preflight and checkpoint is None:
+        journal.state("preparing", "Trying one step at the longest batch.")
+        tried = Preflight(spec, model, loaded.tokenizer, data, loaded.plan, run.path).run()
+        journal.emit(tried)
+        tried_bytes = tried.peak_bytes
     tuning = start_tuning(model, spec)
     journal.emit(
         ModelLoaded(
@@ -210,7 +232,7 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
             tuning.num_active,
             str(device),
             str(resolve_dtype(spec.dtype, device)).removeprefix("torch."),
-            time.monotonic() - begun,
+            loading_s,
         )
     )
     optimizer = tuning.make_optimizer()
@@ -219,16 +241,12 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
         path = save_checkpoint(run.checkpoints_path, tuning, optimizer, trainer.progress())
         journal.emit(Checkpointed(trainer.step, str(path.relative_to(run.path))))
 
-    trainer = Trainer(spec, model, tokenizer, data, tuning, optimizer, journal.emit, journal, save, MemoryMeter(device))
-    if checkpoint := latest_checkpoint(run):
+    meter = MemoryMeter(device, tried_bytes)
+    trainer = Trainer(spec, model, loaded.tokenizer, data, tuning, optimizer, journal.emit, journal, save, meter)
+    if checkpoint is not None:
         trainer.go_on_from(load_checkpoint(checkpoint, tuning, optimizer))
         journal.emit(Warned(f"Going on from the checkpoint of step {trainer.step}."))
     return trainer
-
-
-def _comparable_bytes(plan: Plan, device: torch.device) -> int:
-    """Return the planned peak as the meter reads it: on a GPU it sees tensors, not the CUDA context."""
-    return plan.peak_bytes - (plan.parts["context"] if device.type == "cuda" else 0)
 
 
 def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated | None:
@@ -253,31 +271,3 @@ def _keep_what_was_learnt(run: Run, trainer: Trainer) -> None:
         trainer.tuning.save_result(run.delta_path)
     except (OSError, RuntimeError):
         traceback.print_exc()
-
-
-def _write_report(
-    run: Run, trainer: Trainer, base: Evaluated, tuned: Evaluated | None, planned_bytes: int, state: RunState
-) -> None:
-    spec, tuning = trainer.spec, trainer.tuning
-    report: dict[str, Any] = {
-        "run": run.id,
-        "state": state,
-        "exact_match": {"base": base.exact_match, "tuned": tuned.exact_match if tuned else None},
-        "evaluation_loss": {"base": _number(base.loss), "tuned": _number(tuned.loss) if tuned else None},
-        "train_seconds": round(trainer.elapsed_s, 2),
-        "peak_bytes": trainer.memory.peak_bytes(),
-        "planned_peak_bytes": planned_bytes,
-        "steps": trainer.step,
-        "total_steps": trainer.total_steps,
-        "num_active": tuning.num_active,
-        "density": tuning.num_active / tuning.target_numel,
-        "model": spec.model,
-        "dataset": spec.dataset,
-        "method": spec.method,
-        "samples": [asdict(sample) for sample in tuned.samples] if tuned else [],
-    }
-    write_json(run.path / "report.json", report)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -38,6 +38,39 @@ def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:
     assert {"gradient_checkpointing": True} in [remedy["changes"] for remedy in body["remedies"]]
 
 
+JSON_KEYS = {
+    "parts",
+    "parts_after_forward",
+    "peak_bytes",
+    "lower_bytes",
+    "upper_bytes",
+    "reserved_bytes",
+    "minimum_bytes",
+    "phase",
+    "verdict",
+    "remedies",
+}
+
+
+def test_the_json_has_every_part_at_the_peak_and_after_the_forward(config_folder: Callable[..., str]) -> None:
+    body = make_plan(_spec(config_folder()), card="RTX 4090 24 GB").to_dict()
+    assert body.keys() >= JSON_KEYS
+    assert list(body["parts_after_forward"]) == list(body["parts"]) == list(LABELS)
+    allocated = body["peak_bytes"] - body["parts"]["context"]
+    assert allocated <= body["minimum_bytes"] <= body["reserved_bytes"] < 1.1 * allocated
+
+
+@pytest.mark.parametrize(("checkpointing", "published"), [(False, 35.72), (True, 0.81)])
+def test_the_published_table_comes_out_after_the_forward(checkpointing: bool, published: float) -> None:
+    """SIFT, Table 1 (arXiv:2312.11875), GiB; its gradients are in bf16, two bytes an entry."""
+    fields = {"density": 0.05, "targets": "all", "attention": "eager", "gradient_checkpointing": checkpointing}
+    plan = make_plan(_spec("huggyllama/llama-7b", **fields), card="A100 80 GB")
+    after = plan.parts_after_forward
+    found = [after["parameters"], 2 * plan.num_active, after["optimizer_states"], after["saved_activations"]]
+    assert [size / GIB for size in found] == pytest.approx([12.55, 0.626, 2.51, published], rel=0.01)
+    assert after["gradients"] == 4 * plan.num_active  # ours are fp32
+
+
 def test_seven_billion_parameters_train_on_24_gib_with_checkpointing(config_folder: Callable[..., str]) -> None:
     spec = _spec(config_folder(), density=0.05, gradient_checkpointing=True, selection_memory_gib=100)
     plan = estimate(spec, read_shape(spec.model), CARD)
@@ -52,7 +85,7 @@ def test_the_verdict_follows_the_budget(config_folder: Callable[..., str]) -> No
     plan = estimate(spec, shape, CARD)
     budgets = {"fits": plan.upper_bytes, "tight": plan.peak_bytes, "does not fit": plan.peak_bytes - 1}
     for verdict, budget in budgets.items():
-        assert estimate(spec, shape, replace(CARD, total_bytes=budget)).verdict == verdict
+        assert estimate(spec, shape, replace(CARD, free_bytes=budget)).verdict == verdict
 
 
 def test_each_remedy_saves_what_it_says(config_folder: Callable[..., str]) -> None:
@@ -69,7 +102,7 @@ def test_each_remedy_saves_what_it_says(config_folder: Callable[..., str]) -> No
 def test_remedies_come_in_the_order_of_their_cost(config_folder: Callable[..., str]) -> None:
     spec = _spec(config_folder(), micro_batch_size=4, density=0.1)
     shape = read_shape(spec.model)
-    plan = estimate(spec, shape, replace(CARD, total_bytes=20 * GIB))
+    plan = estimate(spec, shape, replace(CARD, free_bytes=20 * GIB))
     fields = [next(iter(remedy.changes)) for remedy in find_remedies(spec, shape, CARD, plan)]
     order = ["chunked_loss", "gradient_checkpointing", "micro_batch_size", "sequence_length", "density", "targets"]
     assert [field for field in fields if field in order][: len(order)] == [field for field in order if field in fields]
@@ -78,7 +111,7 @@ def test_remedies_come_in_the_order_of_their_cost(config_folder: Callable[..., s
 def test_a_smaller_micro_batch_keeps_the_effective_batch(config_folder: Callable[..., str]) -> None:
     spec = _spec(config_folder(), micro_batch_size=6, gradient_accumulation=2, gradient_checkpointing=True)
     shape = read_shape(spec.model)
-    plan = estimate(spec, shape, replace(CARD, total_bytes=17 * GIB))
+    plan = estimate(spec, shape, replace(CARD, free_bytes=17 * GIB))
     changes = next(r.changes for r in find_remedies(spec, shape, CARD, plan) if "micro_batch_size" in r.changes)
     assert changes["micro_batch_size"] * changes["gradient_accumulation"] == 12
 

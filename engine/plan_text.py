@@ -1,0 +1,95 @@
+"""A plan in the terminal: the table, what would make it fit, and the largest spec that does."""
+
+import json
+from dataclasses import asdict
+
+from engine.errors import BudgetError
+from engine.hardware import Device
+from engine.planner.estimate import estimate
+from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit, fit_spec, largest
+from engine.planner.plan import Plan, plan_device, plan_table, with_time
+from engine.planner.shape import ModelShape, read_shape
+from engine.spec import RunSpec, about
+from engine.spec_io import dump_spec
+from engine.units import format_bytes, format_duration
+
+
+def print_plan(plan: Plan) -> None:
+    """Print the parts of the peak, the bounds, the verdict, the time and the remedies."""
+    for label, num_bytes in plan_table(plan):
+        print(f"{label:<28}{format_bytes(num_bytes):>12}")
+    print(f"{'Peak':<28}{format_bytes(plan.peak_bytes):>12}   in the {plan.phase}")
+    print(f"{'Between':<28}{format_bytes(plan.lower_bytes):>12}   and {format_bytes(plan.upper_bytes)}")
+    print(f"{'Reserved':<28}{format_bytes(plan.reserved_bytes):>12}   at least {format_bytes(plan.minimum_bytes)}")
+    print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
+    print(time_line(plan))
+    if plan.note:
+        print(plan.note)
+    for remedy in plan.remedies:
+        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}; {remedy.cost}")
+
+
+def time_line(plan: Plan) -> str:
+    """Return what a step and the run take, or why that is not known."""
+    if plan.step_s is None:
+        return plan.rate_note
+    step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
+    run = "" if plan.run_s is None else f", the run {format_duration(plan.run_s)}"
+    return f"A step takes about {step}{run} ({plan.rate_note})."
+
+
+def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: bool) -> int:
+    """Print the largest spec that fits, as YAML with the changes as comments, and its plan; return the exit status.
+
+    Args:
+        spec: what is asked.
+        card: a card to plan for, or None for this computer.
+        field: the one field that is to be as large as fits, the rest as asked; None: a whole spec that fits.
+        as_json: one object instead: that of the plan with `spec`, `changes` and, for a whole spec, `largest`.
+
+    Raises:
+        BudgetError: nothing makes it fit.
+    """
+    device = plan_device(spec, card)
+    shape = read_shape(spec.model, spec.model_revision)
+    fit = fit_spec(spec, shape, device) if field is None else _largest_fit(field, spec, shape, device)
+    shape = read_shape(fit.spec.model, fit.spec.model_revision)
+    plan = with_time(fit.plan, fit.spec, shape, device)
+    most = {} if field else {name: largest(name, fit.spec, shape, device) for name in LARGEST_FIELDS}
+    if as_json:
+        body = {
+            **plan.to_dict(),
+            "spec": fit.spec.model_dump(mode="json"),
+            "changes": [asdict(change) for change in fit.changes],
+            "largest": most,
+        }
+        print(json.dumps(body), flush=True)
+        return 0
+    for line in _change_lines(fit):
+        print(f"# {line}")
+    print(dump_spec(fit.spec), end="")
+    print()
+    print_plan(plan)
+    for name, value in most.items():
+        if value is not None:
+            unit = about(name).unit
+            figure = f"{value:,}" if isinstance(value, int) else f"{value}"
+            print(f"Largest {about(name).label.lower()}, the rest as it is: {figure}{' ' + unit if unit else ''}")
+    return 0
+
+
+def _largest_fit(field: Field, spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
+    found = largest(field, spec, shape, device)
+    if found is None:
+        raise BudgetError(f"No {about(field).label.lower()} fits with the rest as it is. Use --fit.")
+    changes = {field: found} | ({"model_revision": None} if field == "model" else {})
+    fitted = spec.model_copy(update=changes)
+    plan = estimate(fitted, read_shape(fitted.model, fitted.model_revision), device)
+    change = Change(field, about(field).label, getattr(spec, field), found, "the largest that fits")
+    return Fit(fitted, plan, (change,))
+
+
+def _change_lines(fit: Fit) -> list[str]:
+    if not fit.changes:
+        return ["fits as it was asked"]
+    return [f"{change.field}: {change.before} -> {change.after} ({change.cost})" for change in fit.changes]

@@ -1,0 +1,156 @@
+"""One step at the longest batch before the run, so that what will fail fails in the first minute.
+
+The step is a whole one, by a tuning and an optimizer of its own that are thrown away afterwards: weights, random
+numbers and all that the run begins with are as if it had not been. On a GPU one evaluation batch and one checkpoint
+follow; on the CPU they would cost more time than they save.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.data.batches import PreparedData, evaluation_batches
+from engine.data.examples import Examples
+from engine.errors import BudgetError, TrainingError
+from engine.evaluate import heldout_loss
+from engine.events import Event, Preflighted
+from engine.planner import formulas
+from engine.planner.plan import Plan, make_plan
+from engine.spec import RunSpec
+from engine.spec_rules import optimizer_of
+from engine.train.checkpoint import save_checkpoint
+from engine.train.loop import Trainer
+from engine.train.memory import MemoryMeter
+from engine.train.tuning import start_tuning
+from engine.units import GIB, format_bytes
+
+_MICRO_STEPS = 2  # of the step: sums over micro-batches take as much with two as with many
+_LESS = 0.8  # of the planned peak: what has run out is to save at least the rest
+
+
+class _NeverAsked:
+    """Nobody stops a step that is not part of the run."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def checkpoint_requested(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the step works with. `folder`: of the run, for the checkpoint; `plan`: says what helps where it fails."""
+
+    spec: RunSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    plan: Plan
+    folder: Path
+
+    def run(self) -> Preflighted:
+        """Do the step, and on a GPU an evaluation batch and a checkpoint; leave no trace of them.
+
+        Raises:
+            BudgetError: memory ran out; the sentence names what helps.
+            TrainingError: the checkpoint cannot be written, or the loss is not finite.
+        """
+        device = next(self.model.parameters()).device
+        started, meter = time.monotonic(), MemoryMeter(device)
+        state = "step"
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                trainer = self._trainer(meter)
+                try:
+                    self._step(trainer)
+                    if device.type == "cuda":
+                        state = "evaluation"
+                        self._evaluate(trainer)
+                        state = "checkpoint"
+                        self._checkpoint(trainer)
+                finally:
+                    trainer.optimizer.zero_grad(set_to_none=True)
+                    trainer.tuning.detach()
+                    self.model.eval()  # as it was loaded
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise BudgetError(self._out_of_memory(state)) from error
+        rows, length = self.spec.micro_batch_size, longest_row(self.data)
+        return Preflighted(rows, length, meter.peak_bytes(), time.monotonic() - started)
+
+    def _trainer(self, meter: MemoryMeter) -> Trainer:
+        spec = self.spec
+        changes = {"max_steps": 1, "gradient_accumulation": min(_MICRO_STEPS, spec.gradient_accumulation)}
+        if spec.selection_micro_steps is not None:
+            changes["selection_micro_steps"] = min(_MICRO_STEPS, spec.selection_micro_steps)
+        small = spec.model_copy(update=changes)
+        count = small.micro_batch_size * small.gradient_accumulation
+        data = replace(self.data, training=longest_rows(self.data.training, count))
+        tuning = start_tuning(self.model, small)
+        optimizer = tuning.make_optimizer()
+        return Trainer(
+            small, self.model, self.tokenizer, data, tuning, optimizer, _ignore, _NeverAsked(), lambda _: None, meter
+        )
+
+    def _step(self, trainer: Trainer) -> None:
+        if self.spec.method != "full":
+            trainer.run()
+            return
+        # The values of full are the weights themselves: no update, but room for what it would keep.
+        states = formulas.OPTIMIZERS[optimizer_of(self.spec)][0]
+        room = [torch.empty_like(values) for values in trainer.tuning.values for _ in range(states)]
+        trainer.rehearse()
+        del room
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        rows = longest_rows(self.data.evaluation, self.spec.micro_batch_size)
+        if len(rows):
+            heldout_loss(self.model, evaluation_batches(rows, self.spec), trainer.device, chunks=trainer.chunks)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        folder = self.folder / ".preflight"
+        try:
+            save_checkpoint(folder, trainer.tuning, trainer.optimizer, trainer.progress())
+        except OSError as error:
+            raise TrainingError(
+                f"A checkpoint cannot be written to {str(self.folder)!r} ({error.strerror}). Free space, or give "
+                "another output folder."
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _out_of_memory(self, state: str) -> str:
+        length, planned = longest_row(self.data), self.plan.peak_bytes
+        less = self.spec.model_copy(update={"budget_gib": _LESS * planned / GIB})
+        remedies = make_plan(less, longest_row=length).remedies
+        helps = " or ".join(remedy.title for remedy in remedies[:2]) or "choose a smaller model"
+        return (
+            f"Memory ran out in the {state} of {self.spec.micro_batch_size} x {length:,} tokens that was tried before "
+            f"the run; about {format_bytes(planned)} were planned. What helps: {helps}."
+        )
+
+
+def _ignore(_event: Event) -> None:
+    """Take an event that is not the run's."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on a GPU or in the CPU's allocator."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def longest_rows(examples: Examples, count: int) -> Examples:
+    """Return the `count` longest examples, the longest first; fewer where there are fewer."""
+    order = sorted(range(len(examples)), key=lambda place: -examples.lengths[place])
+    return Examples([examples[place] for place in order[:count]], examples.pad_id)
+
+
+def longest_row(data: PreparedData) -> int:
+    """Return the tokens of the longest row to train on."""
+    return int(data.training.lengths.max())
