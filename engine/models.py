@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelError
 from engine.hub import hub_online, require_hub
 from engine.planner.shape import require_weights, resolve_model
-from engine.sparse.base_weight import keep_packing, nf4_config
+from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +47,28 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
     keep_packing(model)
     placed: PreTrainedModel = (model if spec.quantization == "nf4" else model.to(device)).eval()
     return placed
+
+
+def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
+    """Return the model that `load_model` would give, on the meta device: its tensors have sizes and no numbers.
+
+    Args:
+        spec: its model needs a config.json, no weights.
+        device: that the model would be loaded to.
+
+    Raises:
+        ModelError: transformers cannot build it.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    config = _load(AutoConfig, spec)
+    dtype = resolve_dtype(spec.dtype, device)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+    model.tie_weights()  # with the first numbers left out, so is this
+    if spec.quantization == "nf4":
+        describe_in_nf4(model, dtype)
+    described: PreTrainedModel = model.eval()
+    return described
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:

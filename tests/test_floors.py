@@ -12,6 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # An analysis measures in a worker and speaks in the command line's process.
 ANALYSIS_DATA = ("engine.analysis.look", "engine.analysis.results")
 ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "landscape", "twin", "worker"))
+TRACE_WORKER = ("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario")
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [
     ("engine.errors", "engine.units", "engine.events", "engine.targets", *ANALYSIS_DATA),
@@ -19,7 +20,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.peft_format"),
-    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER),
+    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
     ("engine.workers",),
     ("engine.analysis",),
     ("engine.progress", "engine.__main__"),
@@ -40,10 +41,14 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def _floor(module: str) -> int | None:
-    for number, names in enumerate(FLOORS):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return number
-    return None
+    """Return the floor of the longest name that `module` begins with; None outside the project."""
+    fitting = [
+        (len(name), number)
+        for number, names in enumerate(FLOORS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(fitting)[1] if fitting else None
 
 
 def _imports(file: Path) -> Iterator[str]:

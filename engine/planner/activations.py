@@ -16,7 +16,7 @@ from engine.targets import layer_number
 Kernel = Literal["eager", "math", "flash", "efficient", "masked"]
 FP32_BYTES = 4
 # Flash attention's backward on CUDA works on 128 queries and rounds head sizes up to 32 (Dao-AILab/flash-attention).
-_FLASH_QUERIES, _FLASH_HEAD = 128, 32
+FLASH_QUERIES, FLASH_HEAD = 128, 32
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def _attention_backward_bytes(
         copied = e if setting.kernel == "eager" and e != FP32_BYTES else 0
         output = e * tokens * q if parts.o else 0
         return residual - freed - output + (2 * FP32_BYTES - copied) * scores
-    sums = FP32_BYTES * setting.rows * shape.heads * _up(setting.length, _FLASH_QUERIES)
-    sums *= _up(shape.head_dim, _FLASH_HEAD) + 1
+    sums = FP32_BYTES * setting.rows * shape.heads * _up(setting.length, FLASH_QUERIES)
+    sums *= _up(shape.head_dim, FLASH_HEAD) + 1
     return residual - freed + e * tokens * (2 * q + 2 * kv) + sums + dense_bytes
 
 

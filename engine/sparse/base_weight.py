@@ -4,10 +4,16 @@ Beside `blockwise.py` the only file that knows bitsandbytes. qSpIEL (arXiv:2401.
 compute with dequantise(W) + delta, rebuilt for the length of each use.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
+NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation
 
 
 class NF4Weight:
@@ -68,6 +74,57 @@ def nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def describe_in_nf4(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Turn the linear layers of a model on the meta device into those that `nf4_config` loads, sizes and no numbers."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(nf4_config(dtype))
+    quantizer.preprocess_model(model, device_map=None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            shape = module.weight.shape
+            packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+            module.weight = Params4bit(
+                packed, requires_grad=False, quant_state=_nf4_state(shape, dtype), quant_type="nf4", bnb_quantized=True
+            )
+            module.quant_state = module.weight.quant_state
+
+
+def _nf4_state(shape: torch.Size, dtype: torch.dtype) -> Any:
+    """Return what bitsandbytes keeps beside a weight of NF4 with double quantisation, on the meta device."""
+    from bitsandbytes.functional import QuantState
+
+    def empty(numel: int, kind: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=kind, device="meta")
+
+    blocks = -(-shape.numel() // NF4_BLOCK)
+    scales = QuantState(  # type: ignore[no-untyped-call]
+        absmax=empty(-(-blocks // NF4_NESTED_BLOCK), torch.float32),
+        code=empty(256, torch.float32),
+        blocksize=NF4_NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    return QuantState(  # type: ignore[no-untyped-call]
+        absmax=empty(blocks, torch.uint8),
+        shape=shape,
+        dtype=dtype,
+        blocksize=NF4_BLOCK,
+        code=empty(16, torch.float32),
+        quant_type="nf4",
+        offset=torch.empty((), dtype=torch.float32, device="meta"),
+        state2=scales,
+    )
+
+
+def packed_tensors(parameter: nn.Parameter) -> list[Tensor]:
+    """Return the tensors that a parameter consists of: itself, and what NF4 keeps beside it."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is None:
+        return [parameter]
+    return [parameter, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
 def keep_packing(model: nn.Module) -> None:

@@ -1,0 +1,236 @@
+"""Traces a training step of the real model class on the meta device: what it holds in memory, when, because of what.
+
+The trace runs the training loop itself, with the tuning, the optimizer and the loss of a run, over a model whose
+tensors have sizes and no numbers: what it counts is what the run does. Two optimizer steps are traced, the first of
+which chooses entries where the method does, of at most two micro-batches each: more repeat the second.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.data.batches import PreparedData
+from engine.data.examples import Example, Examples
+from engine.events import DataPrepared
+from engine.hardware import Device
+from engine.models import describe_model
+from engine.planner.ledger import BACKWARD, FORWARD, LOSS, ROUNDING_BYTES, Figures, Ledger, add_up
+from engine.planner.scenario import Scenario, standing_for
+from engine.planner.storages import StorageMeter
+from engine.sparse.attach import SparseTuning
+from engine.sparse.base_weight import base_weights, packed_tensors
+from engine.sparse.spiel import SpielAG
+from engine.spec import SPIEL_METHODS, RunSpec
+from engine.targets import num_active_of
+from engine.train.loop import Trainer
+from engine.train.memory import MemoryMeter
+from engine.train.tuning import Tuning, start_tuning
+
+STEPS = 2
+MICRO_STEPS = 2  # the second finds gradients of the first
+OPTIMIZER, WRITE_BACK, SELECTION = "optimizer step", "write-back", "selection"
+
+
+def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding: int = ROUNDING_BYTES) -> Figures:
+    """Return what a run of `spec` on `device` holds in memory.
+
+    Args:
+        spec: rows are taken as `sequence_length` long.
+        device: the target; its kind decides the kernels and whether main memory is another memory.
+        padded: whether rows have different lengths; by default where a micro-batch has several.
+        rounding: bytes that each storage is rounded up to a multiple of; 512 on CUDA, 0 for none.
+
+    Raises:
+        ModelError: the model cannot be built from its config.
+        TargetsError: `targets` match no weight.
+    """
+    return add_up(trace_events(spec, device, padded=padded), rounding, host_apart=not device.is_cpu)
+
+
+def trace_events(spec: RunSpec, device: Device, *, padded: bool | None = None) -> Ledger:
+    """Return the life of every storage of a run of `spec` on `device`; see `trace`."""
+    spec = traced_spec(spec)
+    model = describe_model(spec, torch.device("cpu" if device.is_cpu else "cuda"))
+    scenario = Scenario(count=2 * _most_active(model, spec))
+    meter = StorageMeter(scenario, workspaces=not device.is_cpu)
+    with standing_for(device.is_cpu):
+        record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded))
+    return meter.ledger
+
+
+def count_real(model: PreTrainedModel, spec: RunSpec, *, padded: bool | None = None) -> Ledger:
+    """Return the life of every storage of a short run of `spec` with a real model; twin of `trace_events`.
+
+    Args:
+        model: of `load_model`, on the CPU; it is trained.
+        spec: as for `trace`; the device is the CPU.
+        padded: as for `trace`.
+    """
+    spec = traced_spec(spec)
+    meter = StorageMeter()
+    record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded))
+    return meter.ledger
+
+
+def traced_spec(spec: RunSpec) -> RunSpec:
+    """Return a short run that holds as much as `spec` does: two steps, micro-batches and estimation steps at most."""
+    changes: dict[str, Any] = {
+        "gradient_accumulation": min(spec.gradient_accumulation, MICRO_STEPS),
+        "max_steps": STEPS,
+        "evaluation_interval": 0,
+        "checkpoint_interval": 0,
+    }
+    if spec.selection_micro_steps is not None:
+        changes["selection_micro_steps"] = min(spec.selection_micro_steps, MICRO_STEPS)
+    if spec.method in SPIEL_METHODS:
+        changes.update(estimation_steps=STEPS, period=STEPS)
+    return spec.model_copy(update=changes)
+
+
+def rows(spec: RunSpec, padded: bool) -> Examples:
+    """Return the rows of one optimizer step, all tokens labelled; padded: every second is shorter by half."""
+    examples = Examples()
+    for number in range(spec.micro_batch_size * spec.gradient_accumulation):
+        length = spec.sequence_length // 2 if padded and number % 2 else spec.sequence_length
+        ids = np.ones(length, np.int32)
+        examples.append(Example(ids, ids))
+    return examples
+
+
+def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training: Examples) -> None:
+    """Train `model` as a run of `spec` does, over `training`, and let `meter` count."""
+    for parameter in model.parameters():
+        for part in packed_tensors(parameter):
+            meter.adopt(part, "parameters")
+    for buffer in model.buffers():
+        meter.adopt(buffer, "parameters")
+    meter.watch_modules(model)
+    with _no_garbage():
+        with meter:
+            tuning = start_tuning(model, spec)
+            optimizer = tuning.make_optimizer()
+            trainer = _trainer(model, spec, tuning, optimizer, training)
+        label = _Labels(meter, model, tuning, optimizer)
+        label()
+        _mark_phases(trainer, meter.ledger, label)
+        with meter:
+            trainer.run()
+        label()
+    meter.ledger.settle()
+
+
+def _trainer(
+    model: PreTrainedModel, spec: RunSpec, tuning: Tuning, optimizer: torch.optim.Optimizer, training: Examples
+) -> Trainer:
+    summary = DataPrepared("", {}, "", len(training), len(training), 0, {}, training.tokens, training.labelled_tokens)
+    data = PreparedData(training, Examples(), [], summary)
+    unused: Any = None
+    return Trainer(
+        spec,
+        model,
+        unused,
+        data,
+        tuning,
+        optimizer,
+        lambda _: None,
+        _Uninterrupted(),
+        lambda _: None,
+        MemoryMeter(torch.device("cpu")),
+    )
+
+
+class _Uninterrupted:
+    """Nobody asks anything of the run."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def checkpoint_requested(self) -> bool:
+        return False
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Keep Python's collector away: it would free cycles at moments that say nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _mark_phases(trainer: Trainer, ledger: Ledger, label: "_Labels") -> None:
+    """Let the ledger know what the trainer is at, and have the parts told at the end of each phase."""
+
+    def around(owner: object, name: str, phase: str) -> None:
+        inner = getattr(owner, name)
+
+        def marked(*args: Any) -> Any:
+            label()
+            ledger.enter(phase)
+            result = inner(*args)
+            label()
+            return result
+
+        setattr(owner, name, marked)
+
+    def leave_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        label.logits(output)
+        ledger.enter(LOSS)
+
+    trainer.model.register_forward_pre_hook(lambda *_: ledger.enter(FORWARD))
+    trainer.model.register_forward_hook(leave_forward)
+    around(trainer.tuning, "end_micro_step", SELECTION)
+    around(trainer.optimizer, "step", OPTIMIZER)
+    around(trainer.tuning, "write_back", WRITE_BACK)
+    if trainer.tuning.spiel is not None:
+        around(trainer.tuning.spiel, "end_step", SELECTION)
+
+
+class _Labels:
+    """Tells the meter which part the tensors of a tuning are, whenever they may be new."""
+
+    def __init__(self, meter: StorageMeter, model: nn.Module, tuning: Tuning, optimizer: torch.optim.Optimizer) -> None:
+        self._meter, self._tuning, self._optimizer = meter, tuning, optimizer
+        self._base = {id(parameter) for parameter in base_weights(model).values()}
+
+    def __call__(self) -> None:
+        for part, tensor in self._parts():
+            self._meter.adopt_new(tensor, part)
+
+    def logits(self, output: Any) -> None:
+        """Say which tensor of the model's output the logits are, and when its gradient is there."""
+        logits = output.logits
+        self._meter.adopt(logits, "logits")
+        if logits.requires_grad:
+            logits.register_hook(lambda _: self._meter.ledger.enter(BACKWARD))
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        for values in self._tuning.values:
+            yield "values", values
+            if values.grad is not None:
+                yield "gradients", values.grad
+        for state in self._optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    yield "optimizer_states", tensor
+        if isinstance(self._tuning, SparseTuning):
+            for entry in self._tuning.entries:
+                if entry.indices is not None:
+                    yield "indices", entry.indices
+                if entry.base is not None:
+                    yield "values", entry.base
+        if isinstance(self._tuning.spiel, SpielAG):
+            for each in self._tuning.spiel.candidates.values():
+                yield from (("gradients", part) for part in (each.indices, each.grad, each.total, each.squares))
+
+
+def _most_active(model: nn.Module, spec: RunSpec) -> int:
+    numels = {name: weight.numel() for name, weight in base_weights(model).items()}
+    return max(num_active_of(numels, spec.density, spec.num_trainable).values())

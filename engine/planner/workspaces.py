@@ -1,0 +1,44 @@
+"""What CUDA kernels take for themselves while they run, where it is much: it is no result, so no trace sees it."""
+
+from typing import Any
+
+from engine.planner.activations import FLASH_HEAD, FLASH_QUERIES, FP32_BYTES
+
+INT64_BYTES = 8
+
+
+def workspace_of(func: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes that the CUDA kernel of an operation takes beside its results."""
+    name = func.name()
+    if name == "aten::_scaled_dot_product_flash_attention_backward":
+        return flash_backward_bytes(tuple(args[1].shape), tuple(args[2].shape), args[1].element_size())
+    if name == "aten::embedding_dense_backward":
+        return sorted_embedding_bytes(args[1].numel())
+    return 0
+
+
+def flash_backward_bytes(query: tuple[int, ...], key: tuple[int, ...], element_bytes: int) -> int:
+    """Return what the backward of flash attention takes (Dao-AILab/flash-attention, flash_api.cpp).
+
+    4 b s' heads d' for the sum of the queries' gradient and 4 b heads s' for the row sums, s' the length up to 128, d'
+    the head size up to 32; with grouped heads also the gradients of keys and values for every head.
+
+    Args:
+        query: (rows, heads, length, head_dim).
+        key: (rows, kv_heads, length, head_dim).
+        element_bytes: of both.
+    """
+    rows, heads, length, width = query
+    padded = _up(length, FLASH_QUERIES)
+    sums = FP32_BYTES * rows * heads * padded * (_up(width, FLASH_HEAD) + 1)
+    grouped = 2 * element_bytes * rows * heads * key[2] * width if key[1] != heads else 0
+    return sums + grouped
+
+
+def sorted_embedding_bytes(tokens: int) -> int:
+    """Return what the backward of an embedding takes to sort its tokens: five int64 arrays."""
+    return 5 * INT64_BYTES * tokens
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
