@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.analysis.sweeps import train_once
+from engine import runs, workers
 from engine.presets import find_spec_file
 from engine.spec_io import apply_overrides, load_values, parse_spec
 

@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # An analysis measures in a worker and speaks in the command line's process.
 ANALYSIS_DATA = ("engine.analysis.look", "engine.analysis.results")
 ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "landscape", "twin", "worker"))
-TRACE = ("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario")
+TRACE_WORKER = ("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario")
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [
     ("engine.errors", "engine.units", "engine.events", "engine.targets", *ANALYSIS_DATA),
@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.peft_format"),
-    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE),
+    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
     ("engine.workers",),
     ("engine.analysis",),
     ("engine.progress", "engine.plan_text", "engine.__main__"),

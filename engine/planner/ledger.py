@@ -16,6 +16,7 @@ DENSE_GRADIENTS, DEQUANTISED = "dense_gradients", "dequantised"  # parts of the 
 INPUTS = "inputs"  # the micro-batch itself, on the device
 HOST = "host"  # in main memory beside a run on a GPU
 FORWARD, LOSS, LOSS_BACKWARD, BACKWARD = "forward", "loss", "backward of the loss", "backward"
+SELECTION, OPTIMIZER, WRITE_BACK = "selection", "optimizer step", "write-back"
 ROUNDING_BYTES = 512  # of PyTorch's CUDA allocator
 LARGEST = 12  # storages listed at the peak
 

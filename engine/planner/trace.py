@@ -20,7 +20,18 @@ from engine.data.examples import Example, Examples
 from engine.events import DataPrepared
 from engine.hardware import Device
 from engine.models import describe_model
-from engine.planner.ledger import BACKWARD, FORWARD, LOSS, ROUNDING_BYTES, Figures, Ledger, add_up
+from engine.planner.ledger import (
+    BACKWARD,
+    FORWARD,
+    LOSS,
+    OPTIMIZER,
+    ROUNDING_BYTES,
+    SELECTION,
+    WRITE_BACK,
+    Figures,
+    Ledger,
+    add_up,
+)
 from engine.planner.scenario import Scenario, standing_for
 from engine.planner.storages import StorageMeter
 from engine.sparse.attach import SparseTuning
@@ -34,7 +45,6 @@ from engine.train.tuning import Tuning, start_tuning
 
 STEPS = 2
 MICRO_STEPS = 2  # the second finds gradients of the first
-OPTIMIZER, WRITE_BACK, SELECTION = "optimizer step", "write-back", "selection"
 
 
 def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding: int = ROUNDING_BYTES) -> Figures:
