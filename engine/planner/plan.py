@@ -40,7 +40,7 @@ def make_plan(spec: RunSpec, *, with_remedies: bool = True) -> Plan:
         DeviceError: the device is not here.
     """
     device = resolve_device(spec.device)
-    shape = read_shape(spec.model, spec.model_revision)
+    shape = read_shape(spec.model, spec.model_revision, spec.task)
     plan = estimate(spec, shape, device)
     return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
 

@@ -13,8 +13,10 @@ from typing import Any
 import filelock
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from engine.data.batches import prepare_data
+from engine.data.labels import Labels
 from engine.errors import EngineError, TrainingError
 from engine.events import (
     Checkpointed,
@@ -28,7 +30,7 @@ from engine.events import (
     Warned,
 )
 from engine.hardware import resolve_device
-from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
 from engine.runs import (
     Run,
@@ -44,9 +46,10 @@ from engine.runs import (
 from engine.sparse.base_weight import base_weights
 from engine.spec import RunSpec
 from engine.train.checkpoint import load_checkpoint, save_checkpoint
+from engine.train.head import HeadedTuning
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
-from engine.train.tuning import start_tuning
+from engine.train.tuning import Tuning, start_tuning
 
 LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
 QUEUE_POLL_S = 0.5
@@ -193,15 +196,24 @@ def _work(run: Run, journal: Journal) -> None:
     journal.state(state)
 
 
+def _start(spec: RunSpec, device: torch.device, labels: Labels | None) -> tuple[PreTrainedModel, Tuning, int]:
+    """Return the model, what is trained of it, and the number of its parameters."""
+    if labels is None:
+        model = load_model(spec, device)
+        num_parameters = sum(weight.numel() for weight in base_weights(model).values())
+        return model, start_tuning(model, spec), num_parameters
+    model, head = load_classifier(spec, device, labels.names)
+    num_parameters = sum(weight.numel() for weight in base_weights(model).values())
+    return model, HeadedTuning(start_tuning(model, spec, head), model, head, labels.names, spec), num_parameters
+
+
 def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> Trainer:
     tokenizer = load_tokenizer(spec)
     data = prepare_data(spec, tokenizer)
     journal.emit(data.summary)
     journal.state("preparing", "Loading the model.")
     begun = time.monotonic()
-    model = load_model(spec, device)
-    num_parameters = sum(weight.numel() for weight in base_weights(model).values())
-    tuning = start_tuning(model, spec)
+    model, tuning, num_parameters = _start(spec, device, data.labels)
     journal.emit(
         ModelLoaded(
             num_parameters,
@@ -211,6 +223,7 @@ def _build(spec: RunSpec, run: Run, journal: Journal, device: torch.device) -> T
             str(device),
             str(resolve_dtype(spec.dtype, device)).removeprefix("torch."),
             time.monotonic() - begun,
+            tuning.head_numel if isinstance(tuning, HeadedTuning) else 0,
         )
     )
     optimizer = tuning.make_optimizer()
@@ -264,12 +277,14 @@ def _write_report(
         "state": state,
         "exact_match": {"base": base.exact_match, "tuned": tuned.exact_match if tuned else None},
         "evaluation_loss": {"base": _number(base.loss), "tuned": _number(tuned.loss) if tuned else None},
+        "metrics": {"base": base.metrics, "tuned": tuned.metrics if tuned else {}},
         "train_seconds": round(trainer.elapsed_s, 2),
         "peak_bytes": trainer.memory.peak_bytes(),
         "planned_peak_bytes": planned_bytes,
         "steps": trainer.step,
         "total_steps": trainer.total_steps,
         "num_active": tuning.num_active,
+        "head_parameters": tuning.head_numel if isinstance(tuning, HeadedTuning) else 0,
         "density": tuning.num_active / tuning.target_numel,
         "model": spec.model,
         "dataset": spec.dataset,
