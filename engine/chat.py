@@ -13,15 +13,19 @@ from typing import Any, TextIO
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
+from engine.classify import answer_words, classify_text
+from engine.data.labels import Labels, split_pair
 from engine.data.templates import encode_prompt
 from engine.errors import EngineError
 from engine.evaluate import padding_id
 from engine.hardware import resolve_device
-from engine.models import load_model, load_tokenizer
+from engine.models import load_tokenizer
 from engine.runs import Run, has_worker, read_spec
-from engine.train.results import apply_result
+from engine.sparse.delta import read_info
+from engine.train.results import apply_result, load_base
 
 SIDES = ("base", "tuned")
+HEADLESS = "The base has no trained head for these labels, so only the tuned model answers."
 
 
 class _Growing(TextStreamer):
@@ -64,7 +68,9 @@ class ChatModel:
         device = resolve_device(self._spec.device)
         busy = not device.is_cpu and any(has_worker(Run(path.parent)) for path in run.path.parent.glob("*/spec.yaml"))
         self._tokenizer = load_tokenizer(self._spec)
-        self._model = load_model(self._spec, torch.device("cpu" if busy else device.name))
+        names = read_info(run.delta_path).labels
+        self._labels = None if names is None else Labels(names)
+        self._model = load_base(self._spec, torch.device("cpu" if busy else device.name), names)
         self._result = apply_result(self._model, run.delta_path)
         self._applied = True
 
@@ -78,7 +84,7 @@ class ChatModel:
         temperature: float,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Generate the answer of one side.
+        """Generate the answer of one side; of a classification, say the labels of the last message.
 
         Args:
             side: `base` or `tuned`.
@@ -89,6 +95,9 @@ class ChatModel:
             cancelled: asked at each token.
         """
         self._switch(applied=side == "tuned")
+        if self._labels is not None:
+            told(self._classified(side, messages[-1]["content"], self._labels), True)
+            return
         prompt = encode_prompt(messages, self._tokenizer, self._spec.template)
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and len(prompt) >= context:
@@ -109,6 +118,13 @@ class ChatModel:
             streamer=_Growing(self._tokenizer, told),
             stopping_criteria=[_Cancelled(cancelled)],
             **sampling,
+        )
+
+    def _classified(self, side: str, line: str, labels: Labels) -> str:
+        if side == "base":
+            return HEADLESS
+        return answer_words(
+            classify_text(self._model, self._tokenizer, split_pair(line), self._spec.sequence_length), labels
         )
 
     def _switch(self, *, applied: bool) -> None:

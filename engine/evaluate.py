@@ -1,4 +1,4 @@
-"""Held-out figures: the loss per labelled token, and answers compared word for word."""
+"""The loss per labelled token or row, and held-out figures of causal models: answers compared word for word."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -40,6 +40,39 @@ def causal_loss(
         logits = logits.float()
     loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     return loss / labelled_tokens
+
+
+def classify(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Return the logits of a classifier, (rows, labels); of a regression (rows, 1)."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.segments is not None:
+        inputs["token_type_ids"] = batch.segments
+    logits: Tensor = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+    return logits
+
+
+def classification_loss(logits: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """Return the cross-entropy, or of a regression the squared error, summed over rows and divided by `rows`.
+
+    Args:
+        logits: (rows, labels); (rows, 1) of a regression.
+        labels: (rows,) class numbers, or numbers.
+        rows: the divisor: those of the whole optimizer step.
+    """
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if logits.shape[-1] == 1:
+        return functional.mse_loss(logits[:, 0], labels.to(logits.dtype), reduction="sum") / rows
+    return functional.cross_entropy(logits, labels.long(), reduction="sum") / rows
+
+
+def batch_loss(
+    model: nn.Module, batch: Batch, labelled: int, device: torch.device, chunks: OutputLayer | None = None
+) -> Tensor:
+    """Return the loss of a micro-batch, causal or of a classification, divided by `labelled` tokens or rows."""
+    if batch.labels.dim() == 1:
+        return classification_loss(classify(model, batch, device), batch.labels.to(device), labelled)
+    return causal_loss(model, batch, labelled, device, chunks)
 
 
 @torch.no_grad()

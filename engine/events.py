@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -43,7 +43,8 @@ class Warned(Event):
 class DataPrepared(Event):
     """The dataset as it will be trained on. Counts are rows, except the two token counts.
 
-    `dropped` counts the training rows left out, by reason.
+    `dropped` counts the training rows left out, by reason. Of a classification, `labels` are the names of the labels,
+    empty where they are numbers, and `labelled_tokens` counts rows.
     """
 
     kind: ClassVar[str] = "data"
@@ -56,11 +57,15 @@ class DataPrepared(Event):
     dropped: dict[str, int]
     tokens: int
     labelled_tokens: int
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelLoaded(Event):
-    """The base model is in memory. `tensors` weights are trained, of `target_numel` entries together."""
+    """The base model is in memory. `tensors` weights are trained, of `target_numel` entries together.
+
+    `head_numel`: entries of a classifier's head, all trained beside them.
+    """
 
     kind: ClassVar[str] = "model"
     num_parameters: int
@@ -70,6 +75,7 @@ class ModelLoaded(Event):
     device: str
     dtype: str
     seconds: float
+    head_numel: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,13 +145,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """Held-out figures at `step` (0: the untuned base). `exact_match` is None where answers were not generated."""
+    """Held-out figures at `step` (0: the untuned base). `exact_match` is None where answers were not generated.
+
+    `metrics`: of a classification, by name, see `engine.metrics`; its base has a head that is not trained yet.
+    """
 
     kind: ClassVar[str] = "evaluation"
     step: int
     loss: float
     exact_match: float | None = None
     samples: tuple[Sample, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,8 @@ def from_line(line: str) -> Record:
         body["samples"] = tuple(Sample(**sample) for sample in body["samples"])
     if cls is Probed:
         body["tensors"] = {name: tuple(shares) for name, shares in body["tensors"].items()}
+    if cls is DataPrepared:
+        body["labels"] = tuple(body.get("labels", ()))
     for name in ("loss", "gradient_norm"):
         if name in body and body[name] is None:
             body[name] = math.nan

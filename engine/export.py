@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from engine.errors import DeltaError, EngineError
 from engine.events import ModelLoaded
 from engine.hardware import resolve_device
+from engine.metrics import WORDS
 from engine.models import load_model, load_tokenizer, resolve_dtype
 from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors
 from engine.planner.shape import resolve_model
@@ -30,6 +31,8 @@ from engine.sparse.delta import SparseDelta
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.linear import rebuild_weight
 from engine.spec import RunSpec
+from engine.train.head import apply_head, read_head
+from engine.train.results import load_base
 from engine.units import format_percent
 
 Kind = Literal["merged", "peft"]
@@ -78,10 +81,12 @@ def merge(run: Run, folder: Path) -> Exported:
     spec = _spec_as_run(run)
     quantised = delta.info.quantization == "nf4"
     device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
-    model = load_model(spec, device)
+    model = load_base(spec, device, delta.info.labels)
     entries = delta.apply(model)
+    head = read_head(run.delta_path)
     if quantised:
-        model = _dense(spec, model, entries)
+        model = _dense(spec, model, entries, delta.info.labels)
+    apply_head(model, head)
     tokenizer = load_tokenizer(spec)
     figures: dict[str, float] = {}
     with _filling(folder) as partial:
@@ -105,10 +110,12 @@ def _spec_as_run(run: Run) -> RunSpec:
 
 
 @torch.no_grad()
-def _dense(spec: RunSpec, model: PreTrainedModel, entries: list[ActiveEntries]) -> PreTrainedModel:
+def _dense(
+    spec: RunSpec, model: PreTrainedModel, entries: list[ActiveEntries], labels: tuple[str, ...] | None
+) -> PreTrainedModel:
     """Return the dense model, on the CPU, that computes what an NF4 model with applied `entries` computes."""
     weights, applied = base_weights(model), {entry.name: entry for entry in entries}
-    dense = load_model(spec.model_copy(update={"quantization": "none"}), torch.device("cpu"))
+    dense = load_base(spec.model_copy(update={"quantization": "none"}), torch.device("cpu"), labels)
     for name, parameter in dense.named_parameters():
         weight = weights[name]
         if name in applied:
@@ -122,7 +129,7 @@ def _requantised_error(
     spec: RunSpec, folder: Path, merged: PreTrainedModel, delta: SparseDelta, device: torch.device
 ) -> dict[str, float]:
     """Load the merged model in NF4, as its users would, and compare it with itself."""
-    again = load_model(spec.model_copy(update={"model": str(folder), "model_revision": None}), device)
+    again = load_base(spec.model_copy(update={"model": str(folder), "model_revision": None}), device, delta.info.labels)
     largest = squares = delta_squares = 0.0
     count = 0
     for name, weight in base_weights(again).items():
@@ -160,6 +167,11 @@ def export_peft(run: Run, folder: Path) -> Exported:
         raise DeltaError(
             "A PEFT adapter of sparse values needs a dense base, and this run has quantization=nf4: PEFT would size "
             f"the adapter by the packed weights. {MERGE_INSTEAD}"
+        )
+    if delta.info.labels is not None:
+        raise DeltaError(
+            "A PEFT adapter of sparse values has no place for the head of a classification, which is trained dense. "
+            f"{MERGE_INSTEAD}"
         )
     spec = _spec_as_run(run)
     model = load_model(spec, torch.device("cpu"))
@@ -201,18 +213,31 @@ def _model_card(
         "Density": f"{format_percent(delta.info.density)} of the target weights, {delta.num_active:,} entries",
         "Dataset": dataset,
         "Steps": report.get("steps", "not reported"),
-        "Held-out loss per token": _figures(report, "evaluation_loss"),
-        "Held-out exact match": _figures(report, "exact_match"),
+        f"Held-out loss per {'row' if delta.info.labels is not None else 'token'}": _figures(report, "evaluation_loss"),
+        **_scores(report, delta),
         **{name.replace("_", " ").capitalize(): f"{figure:.3g}" for name, figure in figures.items()},
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     title = f"# {base} tuned by {delta.info.method} on {dataset}"
-    return f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{USE[kind].format(base=base)}\n| | |\n|---|---|\n{rows}"
+    return (
+        f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{_use(kind, spec).format(base=base)}\n| | |\n|---|---|\n{rows}"
+    )
+
+
+def _use(kind: Kind, spec: RunSpec) -> str:
+    return USE[kind].replace("CausalLM", "SequenceClassification") if spec.task == "classification" else USE[kind]
 
 
 def _figures(report: Mapping[str, Any], name: str) -> str:
     sides = {side: (report.get(name) or {}).get(side) for side in ("base", "tuned")}
     return ", ".join(f"{side} {'not measured' if each is None else f'{each:.3f}'}" for side, each in sides.items())
+
+
+def _scores(report: Mapping[str, Any], delta: SparseDelta) -> dict[str, str]:
+    if delta.info.labels is None:
+        return {"Held-out exact match": _figures(report, "exact_match")}
+    tuned = (report.get("metrics") or {}).get("tuned", {})
+    return {f"Held-out {WORDS.get(name, name)}": f"{figure:.3f}" for name, figure in tuned.items()}
 
 
 def _require_free(folder: Path) -> Path:

@@ -1,6 +1,8 @@
 """The base model and its tokenizer through transformers, from a bundled name, a local folder or the Hub."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,12 +21,17 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelError
+from engine.evaluate import padding_id
 from engine.hub import hub_online, require_hub
 from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
 from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
+from engine.targets import layer_number
 
+# What transformers calls the layers behind the last block of a classifier.
+HEAD_MODULES = ("classifier", "score", "pre_classifier", "classification_head", "pooler")
+_HEADS = frozenset(HEAD_MODULES) - {"pooler"}  # a pooler that has weights is part of the base
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,18 +49,56 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         ModelError: it is not there, has no weights, or transformers cannot build it.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
+    options = {**_options(spec, device), **_language_model_alone(spec)}
+    return _placed(_load(AutoModelForCausalLM, spec, **options), spec, device)
+
+
+def load_classifier(
+    spec: RunSpec, device: torch.device, labels: Sequence[str]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the base model with a head for `labels`, as `load_model` does, and the names of the head's parameters.
+
+    The head is what the checkpoint lacks (classifier, score, a pooler without weights) and any classifier that it has.
+    What is made anew is drawn from `spec.seed`, and nothing else of the random state is touched.
+
+    Args:
+        spec: of the run.
+        device: where the model goes.
+        labels: by class number; empty for a regression.
+
+    Raises:
+        ModelError: it is not there, has no weights, or transformers knows no classification by such a model.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    options: dict[str, Any] = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True}
+    options["problem_type"] = "single_label_classification" if labels else "regression"
+    if labels:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {word: at for at, word in enumerate(labels)}}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _quiet():
+        torch.manual_seed(spec.seed)
+        loader, loaded = AutoModelForSequenceClassification, _options(spec, device, HEAD_MODULES)
+        model, found = _load(loader, spec, output_loading_info=True, **options, **loaded)
+    absent = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
+    if lost := sorted(name for name in absent if layer_number(name) is not None):
+        raise ModelError(f"The weights of {spec.model!r} lack {lost[0]!r}. Download the model again.")
+    if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
+        model.config.pad_token_id = padding_id(load_tokenizer(spec))
+    names = [name for name, _ in model.named_parameters()]
+    head = tuple(name for name in names if name in absent or not _HEADS.isdisjoint(name.split(".")))
+    return _placed(model, spec, device), head
+
+
+def _options(spec: RunSpec, device: torch.device, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """Return how the weights are loaded; linear layers called as one of `dense` stay dense over NF4."""
     require_weights(spec.model, spec.model_revision)
     dtype = resolve_dtype(spec.dtype, device)
-    quantised = {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
-    model = _load(
-        AutoModelForCausalLM,
-        spec,
-        dtype=dtype,
-        attn_implementation=spec.attention,
-        use_safetensors=True,
-        **_language_model_alone(spec),
-        **(quantised if spec.quantization == "nf4" else {}),
-    )
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention, "use_safetensors": True}
+    if spec.quantization == "nf4":
+        options |= {"quantization_config": nf4_config(dtype, dense), "device_map": {"": device}}
+    return options
+
+
+def _placed(model: Any, spec: RunSpec, device: torch.device) -> PreTrainedModel:
     keep_packing(model)
     placed: PreTrainedModel = (model if spec.quantization == "nf4" else model.to(device)).eval()
     return placed
@@ -87,6 +133,17 @@ def _language_model_alone(spec: RunSpec) -> dict[str, Any]:
     if language is config or type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}
     return {"config": language, "key_mapping": {LANGUAGE_MODEL: "model.", r"^language_model\.lm_head\.": "lm_head."}}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from advising to train the head: that is what happens next."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:

@@ -83,9 +83,10 @@ def _line(event: Event) -> str:
                 f"{event.evaluation_rows:,} held out" + (f"; not as they were: {dropped}" if dropped else "")
             )
         case ModelLoaded():
+            head = f" and a head of {format_count(event.head_numel)}" if event.head_numel else ""
             return (
                 f"Model: {format_count(event.num_parameters)} parameters in {event.dtype} on {event.device}; trained: "
-                f"{format_count(event.num_active)} entries of {event.tensors} weights"
+                f"{format_count(event.num_active)} entries of {event.tensors} weights{head}"
             )
         case Preflighted():
             size, peak = f"{event.rows} x {event.length:,} tokens", format_bytes(event.peak_bytes)
@@ -96,6 +97,7 @@ def _line(event: Event) -> str:
             return f"Chosen by {event.method} in step {event.step}: {share}{replaced}"
         case Evaluated():
             match_text = "" if event.exact_match is None else f", exact match {event.exact_match:.2f}"
+            match_text += "".join(f", {name} {figure:.3f}" for name, figure in event.metrics.items())
             return (
                 "" if math.isnan(event.loss) else f"Held-out loss after step {event.step}: {event.loss:.4f}{match_text}"
             )
@@ -119,6 +121,10 @@ def _print_result(run: Run, status: RunStatus, console: Console) -> None:
     for name, words, digits in (("evaluation_loss", "held-out loss", 4), ("exact_match", "exact match", 2)):
         if figures := _arrow(report[name], digits):
             parts.append(f"{words} {figures}")
+    metrics = report.get("metrics") or {"base": {}, "tuned": {}}
+    for name in metrics["base"] or metrics["tuned"]:
+        pair = {side: metrics[side].get(name) for side in ("base", "tuned")}
+        parts.append(f"{name} {_arrow(pair, 3)}")
     peak, planned = format_bytes(report["peak_bytes"]), format_bytes(report["planned_peak_bytes"])
     parts.append(f"peak {peak} (planned {planned})")
     console.print("; ".join(parts) + ".", soft_wrap=True)
@@ -128,7 +134,7 @@ def print_runs(found: list[Run]) -> None:
     """Print the runs as a table."""
     table = Table(box=None)
     table.add_column("run", no_wrap=True, min_width=max((len(run.id) for run in found), default=0))
-    for heading in ("state", "steps", "held-out loss", "exact match", "peak"):
+    for heading in ("state", "steps", "held-out loss", "exact match or score", "peak"):
         table.add_column(heading)
     for run in found:
         status, report = runs.read_status(run), runs.read_report(run)
@@ -137,7 +143,7 @@ def print_runs(found: list[Run]) -> None:
             status.state,
             f"{status.step}/{status.total_steps}",
             _arrow(report.get("evaluation_loss"), 4),
-            _arrow(report.get("exact_match"), 2),
+            _arrow(report.get("exact_match"), 2) or _score(report.get("metrics")),
             format_bytes(report["peak_bytes"]) if report else "",
         )
     console = Console(highlight=False)
@@ -151,6 +157,12 @@ def _arrow(pair: dict[str, float | None] | None, digits: int) -> str:
         return ""
     tuned = "" if pair["tuned"] is None else f" -> {pair['tuned']:.{digits}f}"
     return f"{pair['base']:.{digits}f}{tuned}"
+
+
+def _score(metrics: dict[str, dict[str, float]] | None) -> str:
+    """Return the first metric of a classification."""
+    name = next(iter(metrics["tuned"] if metrics else {}), None)
+    return f"{name} {metrics['tuned'][name]:.3f}" if metrics and name else ""
 
 
 def chat_in_terminal(run: Run) -> int:

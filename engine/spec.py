@@ -39,7 +39,7 @@ OptimizerName = Literal[
     "rprop",
     "asgd",
 ]
-Role = Literal["instruction", "input", "output", "system", "messages", "text"]
+Role = Literal["instruction", "input", "output", "system", "messages", "text", "text_pair", "label"]
 
 _DENSITY = "Trained share of the entries of each target weight, for the sparse methods; lora, ia3 and full have none."
 
@@ -96,6 +96,15 @@ class RunSpec(BaseModel):
         ),
     ] = "auto"
 
+    task: Annotated[
+        Literal["causal", "classification"],
+        About(
+            "data",
+            "Task",
+            "causal: the model goes on with a text; classification: it gives a text, or a pair of texts, one of the "
+            "dataset's labels, or a number where the labels are numbers with a fraction.",
+        ),
+    ] = "causal"
     dataset: Annotated[
         str | None,
         About(
@@ -104,12 +113,21 @@ class RunSpec(BaseModel):
             "Bundled name, local file or folder (JSON, JSONL, CSV, Parquet, text) or Hugging Face Hub id.",
         ),
     ] = None
+    dataset_config: Annotated[
+        str | None,
+        About("data", "Configuration", "Part of a Hub dataset that has several, such as mrpc of nyu-mll/glue."),
+    ] = None
     dataset_split: Annotated[
         str, About("data", "Split", "Part of the dataset to train on. A part named test or validation is held out.")
     ] = "train"
     dataset_format: Annotated[
-        Literal["auto", "instruction", "messages", "text"],
-        About("data", "Row format", "instruction: question and answer columns; messages: chats; text: plain text."),
+        Literal["auto", "instruction", "messages", "text", "classification"],
+        About(
+            "data",
+            "Row format",
+            "instruction: question and answer columns; messages: chats; text: plain text; classification: one or two "
+            "texts and a label, for that task only.",
+        ),
     ] = "auto"
     columns: Annotated[
         dict[Role, str],
@@ -117,8 +135,8 @@ class RunSpec(BaseModel):
             "data",
             "Columns",
             "Which column plays which role, where the names are not recognised: "
-            "instruction, input, output, system, messages, text.",
-            rule="a mapping of instruction, input, output, system, messages or text to a column",
+            "instruction, input, output, system, messages, text; text, text_pair, label for classification.",
+            rule="a mapping of instruction, input, output, system, messages, text, text_pair or label to a column",
             remedy="For example {instruction: question, output: answer}.",
         ),
     ] = {}
@@ -412,7 +430,7 @@ class RunSpec(BaseModel):
         About(
             "evaluation",
             "Answered rows",
-            "Held-out questions answered before and after the run and compared word for word. 0: none.",
+            "Held-out questions answered before and after the run and compared word for word; causal only. 0: none.",
             "rows",
         ),
     ] = 0

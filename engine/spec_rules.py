@@ -1,6 +1,8 @@
 """What holds between the fields of a spec: choices that follow from others, and combinations that cannot be."""
 
-from engine.spec import BASELINES, SELECTING, OptimizerName, RunSpec
+from typing import get_args
+
+from engine.spec import BASELINES, SELECTING, OptimizerName, Role, RunSpec
 
 _OWN_STATES = {"sm3": "keeps one number a row and a column", "sgd": "keeps no states"}
 
@@ -63,6 +65,7 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             "allocation must be uniform for spiel-ma, whose accumulators of different weights do not compare, "
             "got 'global'. Use allocation=uniform, or method=spiel-ag."
         )
+    problems |= _task_problems(spec)
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
             f"estimation_steps must be at most period, got {spec.estimation_steps} and {spec.period}. Raise period."
@@ -88,5 +91,28 @@ def _state_problems(spec: RunSpec) -> dict[str, str]:
         problems["weight_decay"] = (
             f"weight_decay must be 0 for rprop, which reads the sign of the gradient only, got {spec.weight_decay:g}. "
             "Use weight_decay=0, or another optimizer."
+        )
+    return problems
+
+
+def _task_problems(spec: RunSpec) -> dict[str, str]:
+    fitting = (
+        ("auto", "classification") if spec.task == "classification" else ("auto", "instruction", "messages", "text")
+    )
+    problems = {}
+    if spec.dataset_format not in fitting:
+        problems["dataset_format"] = (
+            f"dataset_format must be one of {', '.join(fitting)} for task={spec.task}, got {spec.dataset_format!r}. "
+            "Use dataset_format=auto, or the other task."
+        )
+    own = (
+        {"text", "text_pair", "label"}
+        if spec.task == "classification"
+        else set(get_args(Role)) - {"text_pair", "label"}
+    )
+    if foreign := [role for role in spec.columns if role not in own]:
+        problems["columns"] = (
+            f"columns must name roles of task={spec.task}, got {foreign[0]!r}. Use {', '.join(sorted(own))}, "
+            "or the other task."
         )
     return problems

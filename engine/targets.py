@@ -13,8 +13,10 @@ _ATTENTION_LAYERS = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack")
 )
 _NOT_LINEAR = ("norm", "embed", "ln_", "wte", "wpe", "bias", "conv", "rotary")
-_IA3_LAYERS = frozenset(("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack"))
-_LAST_OF_MLP = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2"))
+_IA3_LAYERS = frozenset(
+    ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "key", "value", "k_lin", "v_lin")
+)
+_LAST_OF_MLP = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "lin2"))
 _ROUTERS = frozenset(("gate", "router"))
 _EXAMPLES = 4  # real names shown where nothing matched
 
@@ -136,7 +138,8 @@ def adapted_weights(
 def is_feedforward(name: str) -> bool:
     """Return whether a weight is that of the MLP's last layer, whose input ia3 scales; of all others, the output."""
     attention = any("attn" in part or "attention" in part for part in name.split("."))
-    return not attention and _layer_of(name) in _LAST_OF_MLP
+    of_bert = name.endswith(".output.dense.weight")
+    return not attention and (of_bert or _layer_of(name) in _LAST_OF_MLP)
 
 
 def adapter_numel(name: str, shape: Shape, method: Literal["lora", "ia3"], rank: int) -> int:

@@ -14,7 +14,10 @@ from engine.units import GIB, MIB
 
 MAX_POINTS = 2000
 _HEIGHT = 236
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data flows in a block
+_MODULES = (  # as data flows in a block: of Llama, of BERT
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "attention.output", "intermediate", "output"),
+)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -163,14 +166,19 @@ def layer_grid(tensors: dict[str, float]) -> tuple[list[str], list[str], NDArray
     for name, figure in tensors.items():
         match = _LAYER.search(name)
         layer = match.group(1) if match else "-"
-        module = name[match.end() :] if match else name
-        cells[layer, module.removesuffix(".weight").split(".")[-1]] = figure
+        cells[layer, _module_of(name[match.end() :] if match else name)] = figure
     layers = sorted(
         {layer for layer, _ in cells}, key=lambda word: (not word.isdigit(), int(word) if word.isdigit() else 0)
     )
     modules = sorted({module for _, module in cells}, key=_reading_order)
     grid = np.array([[cells.get((layer, module), np.nan) for layer in layers] for module in modules], dtype=float)
     return layers, modules, grid.reshape(len(modules), len(layers))
+
+
+def _module_of(name: str) -> str:
+    """Return the last word of a weight; of BERT's layers, which are all called dense, those before it."""
+    words = name.removesuffix(".weight").split(".")
+    return ".".join(words[-3:-1]) if words[-1] == "dense" and len(words) > 1 else words[-1]
 
 
 def _reading_order(module: str) -> tuple[int, str]:

@@ -55,7 +55,7 @@ def view_plan(values: Sequence[Any], output: str) -> PlanView:
 
 
 def _fits_map(spec: RunSpec, plan: Plan) -> str:
-    device, shape = resolve_device(spec.device), read_shape(spec.model, spec.model_revision)
+    device, shape = resolve_device(spec.device), read_shape(spec.model, spec.model_revision, spec.task)
     first = max(8, spec.sequence_length // 4)
     lengths = sorted({spec.sequence_length, *(first * 2**power for power in range(_LENGTHS))})
     rows = []

@@ -12,7 +12,7 @@ from sparse_ui import cards, charts
 from sparse_ui.fields import word_of
 from sparse_ui.history import HistoryReader
 from sparse_ui.messages import explain
-from sparse_ui.train_view import exact_match_words, peak_words, run_html, short_name
+from sparse_ui.train_view import peak_words, run_html, score_words, short_name
 
 LOG_LINES = 40
 HEADERS = (
@@ -24,7 +24,7 @@ HEADERS = (
     ("Density", "right"),
     ("Steps", "right"),
     ("Held-out loss", "right"),
-    ("Exact match", "right"),
+    ("Exact match or score", "right"),
     ("Peak of plan", "right"),
     ("Time", "right"),
 )
@@ -60,7 +60,7 @@ def _cells(reader: HistoryReader, run: Run) -> list[str]:
         format_percent(density),
         f"{status.step:,} of {status.total_steps:,}" if status.total_steps else "–",
         cards.change(first.loss if first else None, now.loss if now and now.step else None, 3),
-        exact_match_words(run, history),
+        score_words(run, history),
         peak_words(last.peak_bytes if last else None, runs.read_plan(run)),
         format_duration(last.elapsed_s) if last else "–",
     ]

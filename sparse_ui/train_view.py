@@ -7,6 +7,7 @@ from typing import Any
 
 from engine import runs
 from engine.errors import EngineError
+from engine.metrics import WORDS
 from engine.runs import Run, RunStatus
 from engine.spec import RunSpec
 from engine.units import format_bytes, format_count, format_duration, format_percent
@@ -101,7 +102,7 @@ def run_html(run: Run, history: History, heading: str) -> str:
         ("Learning rate", f"{last.learning_rate:.3g}" if last else "–"),
         ("Gradient norm", f"{last.gradient_norm:.3g}" if last else "–"),
         ("Held-out loss", cards.change(first.loss if first else None, now.loss if now and now.step else None, 3)),
-        ("Exact match", exact_match_words(run, history)),
+        *score_rows(run, history),
         ("Peak against plan", peak_words(last.peak_bytes if last else None, plan)),
     ]
     if history.checkpoint_step is not None:
@@ -117,6 +118,26 @@ def exact_match_words(run: Run, history: History) -> str:
     matches = [history.evaluations[at].exact_match for at in sorted(history.evaluations)]
     known = [match for match in matches if match is not None]
     return cards.change(known[0] if known else None, known[-1] if len(known) > 1 else None, 2)
+
+
+def score_rows(run: Run, history: History) -> list[tuple[str, str]]:
+    """Return the lines of what held-out rows say beside the loss: a classification's metrics, else exact match.
+
+    The base of a classification has a head that is not trained, so its figures are those of guesses.
+    """
+    first, now = history.first_evaluation, history.last_evaluation
+    known = first or now
+    if known is None or not known.metrics:
+        return [("Exact match", exact_match_words(run, history))]
+    before = first.metrics if first else {}
+    after = now.metrics if now and now.step else {}
+    return [(WORDS.get(name, name), cards.change(before.get(name), after.get(name), 3)) for name in known.metrics]
+
+
+def score_words(run: Run, history: History) -> str:
+    """Return the first of these figures for a table, with its name where it is no exact match."""
+    name, words = score_rows(run, history)[0]
+    return words if name == "Exact match" else f"{words} ({name.lower()})"
 
 
 def peak_words(peak_bytes: int | None, plan: dict[str, Any]) -> str:
@@ -135,7 +156,8 @@ def method_words(spec: RunSpec, history: History) -> str:
     if history.model is None:
         return f"{word_of(spec.method)}, {format_percent(spec.density)}"
     share = history.model.num_active / max(1, history.model.target_numel)
-    return f"{word_of(spec.method)}, {format_percent(share)} ({format_count(history.model.num_active)} values)"
+    head = f", head of {format_count(history.model.head_numel)}" if history.model.head_numel else ""
+    return f"{word_of(spec.method)}, {format_percent(share)} ({format_count(history.model.num_active)} values{head})"
 
 
 def notes_html(run: Run, status: RunStatus, history: History) -> str:

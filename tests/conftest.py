@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -73,6 +82,56 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     _llama(len(fast), 256).save_pretrained(folder)
+    return folder
+
+
+COLOURS = ("red", "green", "blue", "grey")
+
+
+@pytest.fixture(scope="session", params=["bert", "roberta"])
+def encoder_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random encoder without dropout and a tokenizer of words that knows pairs: BERT, then RoBERTa.
+
+    BERT's weights hold a pooler, RoBERTa's are those of its masked language model.
+    """
+    folder = tmp_path_factory.mktemp("encoders") / str(request.param)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "is", "it", "not", "the", "same", *COLOURS]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = 1 if request.param == "bert" else 0
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair=f"[CLS] $A [SEP] $B:{second} [SEP]:{second}",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=48, model_input_names=inputs, **specials
+    ).save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    if request.param == "bert":
+        BertModel(BertConfig(**sizes, **still)).save_pretrained(folder)
+    else:
+        RobertaForMaskedLM(RobertaConfig(**sizes, **still, type_vocab_size=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phrase and a colour, warm or cold: train.jsonl with 64 rows and test.jsonl with 16."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = random.Random(0)
+    for name, count in (("train", 64), ("test", 16)):
+        rows = []
+        for _ in range(count):
+            colour = rng.choice(COLOURS)
+            label = "warm" if colour in COLOURS[:2] else "cold"
+            rows.append({"sentence1": "is it " + "not " * rng.randrange(2), "sentence2": colour, "label": label})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

@@ -15,11 +15,11 @@ ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "lan
 TRACE_WORKER = ("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario")
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [
-    ("engine.errors", "engine.units", "engine.events", "engine.targets", *ANALYSIS_DATA),
+    ("engine.errors", "engine.units", "engine.events", "engine.targets", "engine.metrics", *ANALYSIS_DATA),
     ("engine.spec", "engine.spec_rules", "engine.spec_io"),
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
-    ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.peft_format"),
+    ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.classify", "engine.peft_format"),
     ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
     ("engine.workers",),
     ("engine.analysis",),
@@ -28,7 +28,13 @@ FLOORS: list[tuple[str, ...]] = [
     ("app",),
 ]
 # The command line and the interface read datasets for the preview; these parts of engine.data need no torch.
-TORCH_FREE_DATA = ("engine.data.preview", "engine.data.sources", "engine.data.formats", "engine.data.files")
+TORCH_FREE_DATA = (
+    "engine.data.preview",
+    "engine.data.sources",
+    "engine.data.formats",
+    "engine.data.labels",
+    "engine.data.files",
+)
 WORKER_FLOORS = {3, 4, 5}
 
 

@@ -11,16 +11,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.data.classification import LabelledExample, LabelledExamples, encode_labelled
+from engine.data.columns import UnusableRowError
 from engine.data.examples import IGNORED, Example, Examples
-from engine.data.formats import Conversation, RowFormat, UnusableRowError, read_row
-from engine.data.sources import Source, iterate_rows, load_source, recognise_source, split_rows
-from engine.data.templates import encode_prompt, encode_rows, resolve_template
+from engine.data.formats import Conversation, RowFormat
+from engine.data.labels import LabelledText, Labels
+from engine.data.sources import Source, iterate_rows, load_source, read_source_row, recognise_source, split_rows
+from engine.data.templates import CUT, encode_prompt, encode_rows, resolve_template
 from engine.errors import DatasetError
 from engine.events import DataPrepared
 from engine.spec import RunSpec
@@ -30,7 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODE_ROWS = 256  # tokenised together; more is no faster
+_TEMPLATES = {"text": "none (plain text)", "classification": "none (labelled texts)"}
 Progress = Callable[[int, int], None]  # rows done, rows in all
+AnyExample = Example | LabelledExample
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,17 @@ class Question:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A dataset ready for training. `evaluation` and `questions` are held out; `questions` is empty for texts."""
+    """A dataset ready for training. `evaluation` and `questions` are held out; `questions` is empty for texts.
 
-    training: Examples
-    evaluation: Examples
+    Of a classification, `labels` are those of the dataset, and `texts` the rows of `evaluation`.
+    """
+
+    training: Examples | LabelledExamples
+    evaluation: Examples | LabelledExamples
     questions: list[Question]
     summary: DataPrepared
+    labels: Labels | None = None
+    texts: tuple[LabelledText, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,21 +68,24 @@ class Batch:
     """One micro-batch, filled up at the right to its longest row.
 
     `input_ids`, `labels`, `attention_mask`: (rows, longest) int64; labels are not shifted and -100 where no loss is.
-    `labelled_tokens`: labels that the model predicts.
+    `labelled_tokens`: labels that the model predicts. Of a classification, `labels` are (rows,) float64, a class number
+    or the number of a regression each, and `segments`, (rows, longest) int64, tell the texts of a pair apart.
     """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
     labelled_tokens: int
+    segments: Tensor | None = None
 
 
 @dataclass
 class _Encoded:
-    """The examples of some rows, the chats they came from and the counts by reason."""
+    """The examples of some rows, the chats or labelled texts they came from and the counts by reason."""
 
-    examples: Examples
+    examples: Examples | LabelledExamples
     chats: list[Conversation] = field(default_factory=list)
+    texts: list[LabelledText] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
     def count(self, reason: str) -> None:
@@ -95,13 +109,19 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
     """
     source = load_source(spec)
     row_format = recognise_source(source, spec)
-    template = "none (plain text)" if row_format.kind == "text" else resolve_template(tokenizer, spec.template)
+    template = _TEMPLATES.get(row_format.kind) or resolve_template(tokenizer, spec.template)
     training_rows, held_out = split_rows(source, spec)
     encode = functools.partial(_encode, spec, tokenizer, row_format, source)
     training = encode(training_rows, None, progress)
     if not len(training.examples):
         raise DatasetError(_no_rows(source, training.counts))
     evaluation = encode(held_out, max(spec.evaluation_rows, spec.exact_match_rows), None)
+    if row_format.labels is not None and len(held_out) and not len(evaluation.examples):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in evaluation.counts.items())
+        raise DatasetError(
+            f"The held-out part of dataset {source.name!r} has no labelled row: of {len(held_out)} rows, {reasons}. "
+            "Take that part away, so that rows to train on are held out."
+        )
     return PreparedData(
         training.examples,
         evaluation.examples[: spec.evaluation_rows],
@@ -116,7 +136,10 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
             dropped=training.counts,
             tokens=training.examples.tokens,
             labelled_tokens=training.examples.labelled_tokens,
+            labels=row_format.labels.names if row_format.labels else (),
         ),
+        row_format.labels,
+        tuple(evaluation.texts[: spec.evaluation_rows]),
     )
 
 
@@ -140,20 +163,13 @@ def _encode(
     progress: Progress | None,
 ) -> _Encoded:
     """Tokenise rows, up to `limit` examples."""
-    result = _Encoded(Examples(pad_id=_pad_id(tokenizer)))
-    conversations = _read_rows(rows, row_format, source, result)
+    pad_id = _pad_id(tokenizer)
+    result = _Encoded(Examples(pad_id=pad_id) if row_format.labels is None else LabelledExamples(pad_id=pad_id))
+    items = _read_rows(rows, row_format, source, result)
     done = 0
-    while block := list(islice(conversations, ENCODE_ROWS if limit is None else min(limit, ENCODE_ROWS))):
-        usable = [item for item in block if item is not None]
-        for chat, encoded in zip(
-            usable, encode_rows(usable, tokenizer, spec.template, spec.sequence_length), strict=True
-        ):
-            if encoded.reason:
-                result.count(encoded.reason)
-            for example in encoded.examples:
-                result.examples.append(example)
-            if encoded.examples and chat.messages and limit is not None:
-                result.chats.append(chat)
+    while block := list(islice(items, ENCODE_ROWS if limit is None else min(limit, ENCODE_ROWS))):
+        _add_texts(result, [item for item in block if isinstance(item, LabelledText)], tokenizer, spec, limit)
+        _add_chats(result, [item for item in block if isinstance(item, Conversation)], tokenizer, spec, limit)
         done += len(block)
         if progress:
             progress(done, len(rows))
@@ -162,13 +178,45 @@ def _encode(
     return result
 
 
+def _add_chats(
+    result: _Encoded,
+    chats: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: RunSpec,
+    limit: int | None,
+) -> None:
+    for chat, encoded in zip(chats, encode_rows(chats, tokenizer, spec.template, spec.sequence_length), strict=True):
+        if encoded.reason:
+            result.count(encoded.reason)
+        for example in encoded.examples:
+            result.examples.append(example)  # type: ignore[arg-type]
+        if encoded.examples and chat.messages and limit is not None:
+            result.chats.append(chat)
+
+
+def _add_texts(
+    result: _Encoded,
+    texts: Sequence[LabelledText],
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: RunSpec,
+    limit: int | None,
+) -> None:
+    assert not texts or isinstance(result.examples, LabelledExamples)
+    for example, cut in encode_labelled(texts, tokenizer, spec.sequence_length):
+        result.examples.append(example)  # type: ignore[arg-type]
+        if cut:
+            result.count(CUT)
+    if limit is not None:
+        result.texts += texts
+
+
 def _read_rows(
     rows: "datasets.Dataset", row_format: RowFormat, source: Source, result: _Encoded
-) -> Iterator[Conversation | None]:
+) -> Iterator[Conversation | LabelledText | None]:
     """Read rows; one that cannot be used is counted, and None."""
     for row in iterate_rows(rows):
         try:
-            yield read_row(row, row_format, ends=not source.passages)
+            yield read_source_row(row, source, row_format)
         except UnusableRowError as error:
             result.count(str(error))
             yield None
@@ -195,8 +243,8 @@ def _step_rows(spec: RunSpec) -> int:
     return spec.micro_batch_size * spec.gradient_accumulation
 
 
-def step_batches(examples: Sequence[Example], spec: RunSpec, step: int) -> list[Batch]:
-    """Return the micro-batches of one optimizer step: a pure function of the seed and the step.
+def step_batches(examples: Sequence[AnyExample], spec: RunSpec, step: int) -> list[Batch]:
+    """Return the micro-batches of one optimizer step: a pure function of seed and step.
 
     Args:
         examples: at least one.
@@ -211,7 +259,7 @@ def step_batches(examples: Sequence[Example], spec: RunSpec, step: int) -> list[
     return [*_batches(rows, spec.micro_batch_size, _pad_of(examples))]
 
 
-def evaluation_batches(examples: Sequence[Example], spec: RunSpec) -> Iterator[Batch]:
+def evaluation_batches(examples: Sequence[AnyExample], spec: RunSpec) -> Iterator[Batch]:
     """Return the examples in their order, `micro_batch_size` rows to a batch; the last may have fewer."""
     return _batches(examples, spec.micro_batch_size, _pad_of(examples))
 
@@ -228,21 +276,31 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed))
 
 
-def _batches(rows: Sequence[Example], size: int, pad_id: int) -> Iterator[Batch]:
+def _batches(rows: Sequence[AnyExample], size: int, pad_id: int) -> Iterator[Batch]:
     for start in range(0, len(rows), size):
         yield _stack(rows[start : start + size], pad_id)
 
 
-def _pad_of(examples: Sequence[Example]) -> int:
-    return examples.pad_id if isinstance(examples, Examples) else 0
+def _pad_of(examples: Sequence[AnyExample]) -> int:
+    return examples.pad_id if isinstance(examples, Examples | LabelledExamples) else 0
 
 
-def _stack(rows: Sequence[Example], pad_id: int) -> Batch:
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
-    mask = np.zeros(shape, np.int64)
+def _stack(rows: Sequence[AnyExample], pad_id: int) -> Batch:
+    input_ids = _fill([row.input_ids for row in rows], pad_id)
+    mask = _fill([np.ones(len(row.input_ids)) for row in rows], 0)
+    if labelled := [row for row in rows if isinstance(row, LabelledExample)]:
+        labels = torch.tensor([row.label for row in labelled], dtype=torch.float64)
+        known = len(labelled[0].segments) > 0
+        segments = _fill([row.segments for row in labelled], 0) if known else None
+        return Batch(input_ids, labels, mask, len(rows), segments)
+    chats = [row for row in rows if isinstance(row, Example)]
+    labels = _fill([row.labels for row in chats], IGNORED)
+    return Batch(input_ids, labels, mask, sum(row.labelled_tokens for row in chats))
+
+
+def _fill(rows: Sequence[NDArray[Any]], filler: int) -> Tensor:
+    """Return (rows, longest) int64, short rows filled up at the right."""
+    filled = np.full((len(rows), max(len(row) for row in rows)), filler, np.int64)
     for place, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[place, :length], labels[place, :length], mask[place, :length] = row.input_ids, row.labels, 1
-    labelled = sum(row.labelled_tokens for row in rows)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(mask), labelled)
+        filled[place, : len(row)] = row
+    return torch.from_numpy(filled)

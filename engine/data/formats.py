@@ -3,6 +3,7 @@
 instruction  a question column, an answer column, and maybe a further input and a system text
 messages     a column of chats: role and content, or from and value; content a string or a list of typed parts
 text         one column of plain text
+             (one or two texts and a label: `labels.py`)
 
 A chat is brought into the shape every chat template takes: a system text first or none, then user and assistant in
 turns. What a tool says is a user turn under the heading "Tool result:"; a call of a tool is an assistant turn;
@@ -15,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.data.columns import UnusableRowError, cell_text, named
+from engine.data.labels import Labels, find_labelled
 from engine.errors import DatasetError
 from engine.spec import Role, RunSpec
 
-Kind = Literal["instruction", "messages", "text"]
+Kind = Literal["instruction", "messages", "text", "classification"]
 Side = Literal["system", "user", "assistant"]
 
 INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem", "user", "input")
@@ -70,14 +73,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the rows of a dataset are read: which column plays which role."""
+    """How the rows of a dataset are read: which column plays which role; of classification, the labels."""
 
     kind: Kind
     columns: dict[Role, str]
-
-
-class UnusableRowError(Exception):
-    """One row yields nothing to train on. Its words are the reason under which such rows are counted."""
+    labels: Labels | None = None
 
 
 def recognise(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], spec: RunSpec) -> RowFormat:
@@ -101,10 +101,11 @@ def recognise(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any
         found = _FINDERS[kind](columns, rows, spec.columns)
         if found is not None:
             return RowFormat(kind, found)
-    wanted = "column to train on" if spec.dataset_format == "auto" else f"columns for {spec.dataset_format} rows"
+    asked = "classification" if spec.task == "classification" else spec.dataset_format
+    wanted = "column to train on" if asked == "auto" else f"columns for {asked} rows"
     raise DatasetError(
         f"Dataset {name!r} has no {wanted}: found {', '.join(columns)}. "
-        f"Name them, for example columns={_example(columns, spec.dataset_format)}."
+        f"Name them, for example columns={_example(columns, asked)}."
     )
 
 
@@ -112,6 +113,8 @@ def _example(columns: Sequence[str], wanted: str) -> str:
     first, last = columns[0], columns[-1]
     if wanted == "messages":
         return f"{{messages: {first}}}"
+    if wanted == "classification":
+        return f"{{text: {first}, label: {last}}}"
     if wanted == "text" or first == last:
         return f"{{text: {first}}}"
     return f"{{instruction: {first}, output: {last}}}"
@@ -119,6 +122,8 @@ def _example(columns: Sequence[str], wanted: str) -> str:
 
 def _kinds(spec: RunSpec) -> tuple[Kind, ...]:
     """The kinds to try: the one asked for, the one that the named roles belong to, or all."""
+    if spec.task == "classification":
+        return ("classification",)
     if spec.dataset_format != "auto":
         return (spec.dataset_format,)
     if "messages" in spec.columns:
@@ -130,12 +135,6 @@ def _kinds(spec: RunSpec) -> tuple[Kind, ...]:
     return ("messages", "instruction", "text")
 
 
-def _named(candidates: Sequence[str], columns: Sequence[str], taken: Sequence[str | None] = ()) -> list[str]:
-    """The columns with one of these names, whatever their case, in the order of `candidates`."""
-    by_name = {column.lower(): column for column in columns if column not in taken}
-    return [by_name[candidate] for candidate in candidates if candidate in by_name]
-
-
 def _plain(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     return any(isinstance(row[column], (str, int, float)) for row in rows)
 
@@ -143,7 +142,7 @@ def _plain(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
 def _with_system(
     found: dict[Role, str], columns: Sequence[str], rows: Sequence[Mapping[str, Any]], given: Mapping[Role, str]
 ) -> dict[Role, str]:
-    system = [column for column in _named(SYSTEM_NAMES, columns, [*found.values()]) if _plain(column, rows)]
+    system = [column for column in named(SYSTEM_NAMES, columns, [*found.values()]) if _plain(column, rows)]
     chosen = given.get("system") or next(iter(system), None)
     return {**found, "system": chosen} if chosen else found
 
@@ -151,7 +150,7 @@ def _with_system(
 def _find_messages(
     columns: Sequence[str], rows: Sequence[Mapping[str, Any]], given: Mapping[Role, str]
 ) -> dict[Role, str] | None:
-    chats = [column for column in _named(MESSAGES_NAMES, columns) if any(isinstance(row[column], list) for row in rows)]
+    chats = [column for column in named(MESSAGES_NAMES, columns) if any(isinstance(row[column], list) for row in rows)]
     column = given.get("messages") or next(iter(chats), None)
     return _with_system({"messages": column}, columns, rows, given) if column else None
 
@@ -161,12 +160,12 @@ def _find_instruction(
 ) -> dict[Role, str] | None:
     plain = [column for column in columns if _plain(column, rows)]
     taken = [*given.values()]
-    output = given.get("output") or next(iter(_named(OUTPUT_NAMES, plain, taken)), None)
-    question = given.get("instruction") or next(iter(_named(INSTRUCTION_NAMES, plain, [*taken, output])), None)
+    output = given.get("output") or next(iter(named(OUTPUT_NAMES, plain, taken)), None)
+    question = given.get("instruction") or next(iter(named(INSTRUCTION_NAMES, plain, [*taken, output])), None)
     if output is None or question is None:
         return None
     found: dict[Role, str] = {"instruction": question, "output": output}
-    further = given.get("input") or next(iter(_named(INPUT_NAMES, plain, [*taken, question, output])), None)
+    further = given.get("input") or next(iter(named(INPUT_NAMES, plain, [*taken, question, output])), None)
     if further:
         found["input"] = further
     return _with_system(found, columns, rows, given)
@@ -177,11 +176,16 @@ def _find_text(
 ) -> dict[Role, str] | None:
     strings = [column for column in columns if any(isinstance(row[column], str) for row in rows)]
     lone = strings if len(columns) == 1 else []
-    column = given.get("text") or next(iter([*_named(TEXT_NAMES, strings), *lone]), None)
+    column = given.get("text") or next(iter([*named(TEXT_NAMES, strings), *lone]), None)
     return {"text": column} if column else None
 
 
-_FINDERS = {"messages": _find_messages, "instruction": _find_instruction, "text": _find_text}
+_FINDERS = {
+    "messages": _find_messages,
+    "instruction": _find_instruction,
+    "text": _find_text,
+    "classification": find_labelled,
+}
 
 
 def read_row(row: Mapping[str, Any], row_format: RowFormat, ends: bool = True) -> Conversation:
@@ -197,31 +201,22 @@ def read_row(row: Mapping[str, Any], row_format: RowFormat, ends: bool = True) -
     """
     columns = row_format.columns
     if row_format.kind == "text":
-        text = _string(row[columns["text"]])
+        text = cell_text(row[columns["text"]])
         if not text.strip():
             raise UnusableRowError("empty text")
         return Conversation(text=text, ends=ends)
     turns = _read_chat(row[columns["messages"]]) if row_format.kind == "messages" else _read_pair(row, columns)
-    system = _string(row[columns["system"]]).strip() if "system" in columns else ""
+    system = cell_text(row[columns["system"]]).strip() if "system" in columns else ""
     if system not in NO_SYSTEM:
         heading = "Tools:\n" if columns["system"].lower() == "tools" else ""
         turns.insert(0, Message("system", heading + system))
     return Conversation(_normalise(turns))
 
 
-def _string(value: Any) -> str:
-    """A cell as text: numbers as they print, nothing as the empty string."""
-    if value is None:
-        return ""
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    raise UnusableRowError("not text")
-
-
 def _read_pair(row: Mapping[str, Any], columns: Mapping[Role, str]) -> list[Message]:
-    parts = [_string(row[columns[role]]).strip() for role in ("instruction", "input") if role in columns]
+    parts = [cell_text(row[columns[role]]).strip() for role in ("instruction", "input") if role in columns]
     question = "\n\n".join(part for part in parts if part)
-    answer = _string(row[columns["output"]])
+    answer = cell_text(row[columns["output"]])
     if not question:
         raise UnusableRowError("empty question")
     if not answer.strip():
@@ -252,7 +247,7 @@ def _read_turn(turn: Any) -> Message:
 def _content(value: Any) -> str:
     """The text of a turn: a string, or a list of parts such as {"type": "text", "text": ...}."""
     if not isinstance(value, list):
-        return _string(value)
+        return cell_text(value)
     texts = [part if isinstance(part, str) else _part(part) for part in value]
     return "".join(texts)
 

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from engine.data.formats import Conversation, Kind, UnusableRowError, read_row
-from engine.data.sources import iterate_rows, load_source, recognise_source, split_rows
+from engine.data.columns import UnusableRowError
+from engine.data.formats import Conversation, Kind
+from engine.data.labels import LabelledText, Labels
+from engine.data.sources import iterate_rows, load_source, read_source_row, recognise_source, split_rows
 from engine.spec import Role, RunSpec
 
 CHECKED_ROWS = 20_000  # about a second
@@ -25,7 +27,8 @@ class Preview:
     evaluation_rows: int
     dropped: dict[str, int]
     checked_rows: int
-    conversations: tuple[Conversation, ...]
+    conversations: tuple[Conversation | LabelledText, ...]
+    labels: Labels | None = None
 
 
 def preview_dataset(spec: RunSpec, rows: int = 5) -> Preview:
@@ -43,11 +46,11 @@ def preview_dataset(spec: RunSpec, rows: int = 5) -> Preview:
     row_format = recognise_source(source, spec)
     training, held_out = split_rows(source, spec)
     checked = min(len(training), CHECKED_ROWS)
-    conversations: list[Conversation] = []
+    conversations: list[Conversation | LabelledText] = []
     dropped: dict[str, int] = {}
     for row in iterate_rows(training.take(checked)):
         try:
-            conversation = read_row(row, row_format, ends=not source.passages)
+            conversation = read_source_row(row, source, row_format)
         except UnusableRowError as error:
             dropped[str(error)] = dropped.get(str(error), 0) + 1
             continue
@@ -63,4 +66,5 @@ def preview_dataset(spec: RunSpec, rows: int = 5) -> Preview:
         dropped,
         checked,
         tuple(conversations),
+        row_format.labels,
     )

@@ -1,15 +1,16 @@
 """Where rows come from: local files and folders, bundled datasets and the Hugging Face Hub. Never torch."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.data.files import SUFFIXES, find_parts, is_data_file, load_files, suffix_of
-from engine.data.formats import RowFormat, recognise
+from engine.data.formats import Conversation, RowFormat, read_row, recognise
+from engine.data.labels import LabelledText, read_labelled, read_labels
 from engine.errors import DatasetError
 from engine.hub import hub_online, require_hub
 from engine.presets import bundled_datasets
@@ -18,7 +19,8 @@ from engine.spec import RunSpec
 if TYPE_CHECKING:
     import datasets
 
-HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")  # the first that is there is held out
+# The first that is there is held out; validation_matched is that of MNLI.
+HELD_OUT = ("validation", "validation_matched", "valid", "val", "dev", "test", "eval")
 HEAD_ROWS = 20
 READ_ROWS = 1000
 # A passage of a text file: about one sequence, at the three characters or more that a token of prose takes.
@@ -51,6 +53,11 @@ def load_source(spec: RunSpec) -> Source:
     if not name:
         raise DatasetError("dataset is missing: name a file, a folder, a bundled dataset or a Hub id.")
     path = _local_path(name)
+    if path is not None and spec.dataset_config is not None:
+        raise DatasetError(
+            f"dataset_config {spec.dataset_config!r} is for datasets on the Hub, and {name!r} is on this computer. "
+            "Clear it."
+        )
     if path is None:
         source = _load_hub(name, spec)
     elif path.is_dir():
@@ -143,6 +150,7 @@ def _load_hub(name: str, spec: RunSpec) -> Source:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     _quiet()
     path, _, config = name.partition(":")
+    config = spec.dataset_config or config
     try:
         builder = datasets.load_dataset_builder(path, config or None)
         builder.download_and_prepare()
@@ -171,10 +179,24 @@ def recognise_source(source: Source, spec: RunSpec) -> RowFormat:
     """Return how the rows of `source` are read.
 
     Raises:
-        DatasetError: a named column is not there, or none can be trained on.
+        DatasetError: a named column is not there, none can be trained on, or there are no labels to tell apart.
     """
     head = [source.training[place] for place in range(min(HEAD_ROWS, len(source.training)))]
-    return recognise(source.name, source.training.column_names, head, spec)
+    found = recognise(source.name, source.training.column_names, head, spec)
+    if found.kind != "classification":
+        return found
+    return replace(found, labels=read_labels(source.name, source.training, found.columns["label"]))
+
+
+def read_source_row(row: Mapping[str, Any], source: Source, row_format: RowFormat) -> Conversation | LabelledText:
+    """Return what a row of `source` says.
+
+    Raises:
+        UnusableRowError: nothing that can be trained on.
+    """
+    if row_format.labels is not None:
+        return read_labelled(row, row_format.columns, row_format.labels)
+    return read_row(row, row_format, ends=not source.passages)
 
 
 def split_rows(source: Source, spec: RunSpec) -> tuple["datasets.Dataset", "datasets.Dataset"]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
+from engine.data.columns import UnusableRowError
 from engine.data.examples import IGNORED, Example
-from engine.data.formats import Conversation, Message, UnusableRowError
+from engine.data.formats import Conversation, Message
 from engine.errors import DatasetError
 
 if TYPE_CHECKING:

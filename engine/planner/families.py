@@ -65,7 +65,7 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
     """
     outer, config = config, _language_config(config)
     family = str(config.get("model_type") or outer.get("model_type") or "unknown")
-    hidden = _whole(config, "hidden_size", "n_embd", "d_model")
+    hidden = _whole(config, "hidden_size", "n_embd", "d_model", "dim")
     heads = _whole(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     architectures = config.get("architectures") or outer.get("architectures") or [family]
     tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
@@ -77,7 +77,9 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
         heads=heads,
         kv_heads=_whole(config, "num_key_value_heads", "num_kv_heads", default=heads),
         head_dim=_whole(config, "head_dim", default=hidden // heads),
-        ffn=_whole(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        ffn=_whole(
+            config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "hidden_dim", default=4 * hidden
+        ),
         vocabulary=_whole(config, "vocab_size"),
         tied=bool(tied) if tied is not None else None,
         sliding_window=_window(config),

@@ -56,7 +56,7 @@ def make_plan(
         DeviceError: the device is not here, or there is no such card.
     """
     device = plan_device(spec, card)
-    shape = read_shape(spec.model, spec.model_revision)
+    shape = read_shape(spec.model, spec.model_revision, spec.task)
     if longest_row is not None:
         spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, longest_row)})
     plan = with_time(estimate(spec, shape, device), spec, shape, device)

@@ -85,7 +85,7 @@ def _saves(before: Plan, after: Plan) -> bool:
 
 
 def _chunks(spec: RunSpec, device: Device) -> Iterator[Option]:
-    if not spec.chunked_loss:
+    if not spec.chunked_loss and spec.task == "causal":
         yield "compute the loss in chunks", {"chunked_loss": True}, "no cost to speak of"
 
 

@@ -9,13 +9,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
 from engine.planner import hub_files
+from engine.planner.encoders import ENCODERS, classifier_tensors, is_head, labels_of
 from engine.planner.families import (
     EXACT_FAMILIES,
     KNOWN_LAYOUTS,
@@ -58,6 +59,7 @@ class ModelShape:
     exact: bool  # whether the closed forms were checked on this family
     counted: bool  # whether the tensors are the model's own, or a guess at a family that is not known
     positions: int | None = None  # tokens of the longest row the model was made for
+    classifier: bool = False  # with a head for labels, whose number `vocabulary` then is
 
     @cached_property
     def num_parameters(self) -> int:
@@ -73,6 +75,11 @@ class ModelShape:
     def head(self) -> str | None:
         """The name of the output layer's weight; the embedding's where they are tied."""
         return next((name for name in self.tensors if name.endswith(_HEADS)), self.embedding if self.tied else None)
+
+    @cached_property
+    def dense_numel(self) -> int:
+        """Entries that are trained dense beside any method: the head of a classifier."""
+        return sum(math.prod(shape) for name, shape in self.tensors.items() if self.classifier and is_head(name))
 
     @cached_property
     def norms_heads(self) -> bool:
@@ -141,8 +148,13 @@ def require_weights(model: str, revision: str | None = None) -> str | Path:
     return found
 
 
-def read_shape(model: str, revision: str | None = None) -> ModelShape:
+def read_shape(model: str, revision: str | None = None, task: str = "causal") -> ModelShape:
     """Return the shape of a bundled, local or Hub model; read once per state of its files.
+
+    Args:
+        model: bundled name, local folder or Hub id.
+        revision: on the Hub.
+        task: causal, or classification: with a head for labels instead of the output layer.
 
     Raises:
         ModelError: the model cannot be found or its files cannot be read.
@@ -150,8 +162,8 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
     """
     found = resolve_model(model, revision)
     if isinstance(found, Path):
-        return _read_folder(found.absolute(), _stamp(found))
-    return _read_hub(found, revision)
+        return _read_folder(found.absolute(), _stamp(found), task)
+    return _read_hub(found, revision, task)
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -161,17 +173,18 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=32)
-def _read_folder(folder: Path, _stamp: tuple[tuple[str, int, int], ...]) -> ModelShape:
+def _read_folder(folder: Path, _stamp: tuple[tuple[str, int, int], ...], task: str) -> ModelShape:
     config = _load_config(folder / "config.json")
     files = weight_files(folder)
-    return build_shape(str(folder), config, *(read_headers(files) if files else (None, "")))
+    tensors, dtype = read_headers(files) if files else (None, "")
+    return build_shape(str(folder), config, tensors, dtype, task)
 
 
 @lru_cache(maxsize=32)
-def _read_hub(model: str, revision: str | None) -> ModelShape:
+def _read_hub(model: str, revision: str | None, task: str) -> ModelShape:
     config = _load_config(hub_files.config_path(model, revision))
     tensors, dtype = hub_files.read_tensors(model, revision)
-    return build_shape(model, config, tensors, dtype)
+    return build_shape(model, config, tensors, dtype, task)
 
 
 def _load_config(path: Path) -> dict[str, Any]:
@@ -184,7 +197,9 @@ def _load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def build_shape(source: str, config: dict[str, Any], tensors: Mapping[str, Shape] | None, dtype: str) -> ModelShape:
+def build_shape(
+    source: str, config: dict[str, Any], tensors: Mapping[str, Shape] | None, dtype: str, task: str = "causal"
+) -> ModelShape:
     """Return the shape that a config and, where there are weights, their tensors describe.
 
     Args:
@@ -192,6 +207,7 @@ def build_shape(source: str, config: dict[str, Any], tensors: Mapping[str, Shape
         config: the content of config.json.
         tensors: as stored, name to shape; None where there are no weights: the family's rules then say.
         dtype: as stored; empty where there are no weights.
+        task: causal or classification.
 
     Raises:
         ModelError: the config lacks a number that the plan needs.
@@ -210,7 +226,23 @@ def build_shape(source: str, config: dict[str, Any], tensors: Mapping[str, Shape
             tied = not any(name.endswith(_HEADS) for name in tensors)
         if tied:
             tensors = {name: shape for name, shape in tensors.items() if not name.endswith(_HEADS)}
-    return _shape_of(source, numbers, tied, tensors or tensors_of(numbers, config), dtype)
+    shape = _shape_of(source, numbers, tied, tensors or tensors_of(numbers, config), dtype)
+    return shape if task == "causal" else _classifier(shape, config)
+
+
+def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
+    """Return the shape with a head for labels: no closed form was checked on one."""
+    try:
+        tensors = classifier_tensors(shape.family, config, shape.tensors)
+    except KeyError as missing:
+        raise ModelError(
+            f"config.json of {shape.source!r} has no usable {missing.args[0]}, so it cannot be planned. "
+            "Give a model in the Hugging Face layout."
+        ) from None
+    counted = shape.counted or shape.family in ENCODERS
+    return replace(
+        shape, tensors=tensors, vocabulary=labels_of(config), tied=False, exact=False, counted=counted, classifier=True
+    )
 
 
 def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -249,4 +281,5 @@ def target_tensors(shape: ModelShape, targets: str | tuple[str, ...]) -> dict[st
     Raises:
         TargetsError: nothing matches.
     """
-    return {name: shape.tensors[name] for name in match_targets(shape.tensors, targets)}
+    base = {name: sizes for name, sizes in shape.tensors.items() if not (shape.classifier and is_head(name))}
+    return {name: base[name] for name in match_targets(base, targets)}

@@ -126,6 +126,12 @@ class Workload:
         return self._states_of(self.sizes)
 
     @property
+    def head_states_bytes(self) -> int:
+        """Those of a classifier's head, which is trained dense: in fp32, by AdamW where the entries have SM3."""
+        name, head = optimizer_of(self.spec), self.shape.dense_numel
+        return formulas.optimizer_states_bytes((head,), "adamw" if name == "sm3" else name) if head else 0
+
+    @property
     def offloaded(self) -> bool:
         """Whether the states lie in main memory beside a GPU."""
         return self.spec.offload_states and not self.on_cpu
@@ -171,7 +177,7 @@ class Workload:
     @property
     def chunks_loss(self) -> bool:
         """Whether the loss is computed in chunks of tokens."""
-        return self.spec.chunked_loss and self.shape.family in CHUNKED_FAMILIES
+        return self.spec.chunked_loss and self.shape.family in CHUNKED_FAMILIES and not self.shape.classifier
 
     @property
     def block_dense_bytes(self) -> int:

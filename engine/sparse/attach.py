@@ -1,6 +1,6 @@
 """Attach sparse tuning to a model: `attach(model, spec)` gives parameters for any optimizer, and writes them back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,7 +253,7 @@ class SparseTuning:
             parameter.requires_grad_(required)
 
 
-def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False) -> SparseTuning:
+def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False, without: Collection[str] = ()) -> SparseTuning:
     """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
 
     For `random`, `magnitude` and SpIEL's start the entries are chosen here; for `sift` and `fisher` call
@@ -263,12 +263,13 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False) -> Spars
         model: any torch model; tied weights count once.
         spec: `method`, `targets`, `density` or `num_trainable`, and `seed` are read.
         functions: take gradients by functions also where hooks would do; see `SparseTuning`.
+        without: names of parameters that are never targets, such as a classifier's head.
 
     Raises:
         TargetsError: no parameter matches `spec.targets`.
     """
     assert spec.method not in BASELINES, f"{spec.method} is no sparse method: see engine.train.tuning.start_tuning"
-    weights = base_weights(model)
+    weights = {name: weight for name, weight in base_weights(model).items() if name not in without}
     names = match_targets({name: tuple(weight.shape) for name, weight in weights.items()}, spec.targets)
     counts = num_active_of({name: weights[name].numel() for name in names}, spec.density, spec.num_trainable)
     entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]

@@ -4,6 +4,7 @@ Beside `blockwise.py` the only file that knows bitsandbytes. qSpIEL (arXiv:2401.
 compute with dequantise(W) + delta, rebuilt for the length of each use.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,11 +61,12 @@ def base_weights(model: nn.Module) -> dict[str, nn.Parameter | NF4Weight]:
     }
 
 
-def nf4_config(dtype: torch.dtype) -> Any:
+def nf4_config(dtype: torch.dtype, dense: Sequence[str] = ()) -> Any:
     """Return the transformers configuration that loads all linear layers but the output layer in NF4.
 
     Args:
         dtype: that the layers compute in. Double quantisation is on: 4.127 bits a weight.
+        dense: modules that stay dense instead of the output layer.
     """
     from transformers import BitsAndBytesConfig
 
@@ -73,6 +75,7 @@ def nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*dense] or None,
     )
 
 

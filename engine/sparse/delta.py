@@ -27,7 +27,10 @@ FINGERPRINT_ENTRIES = 4096  # per weight
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta belongs to and how it was made."""
+    """What a delta belongs to and how it was made.
+
+    `labels`: of a classification, by class number, empty for a regression; None for a causal model.
+    """
 
     method: str
     density: float
@@ -35,6 +38,7 @@ class DeltaInfo:
     fingerprint: str
     quantization: str = "none"
     format_version: int = FORMAT_VERSION
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ def read_info(folder: Path) -> DeltaInfo:
                 f"{str(folder)!r} has format version {version}; this program reads up to {FORMAT_VERSION}."
                 " Update the program."
             )
+        if body.get("labels") is not None:
+            body["labels"] = tuple(body["labels"])
         return DeltaInfo(**body)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder, error) from None

@@ -5,7 +5,7 @@ The adapters are those of the PEFT library, in fp32 over any base; LoRA over NF4
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ from engine.targets import adapted_weights, is_feedforward, match_targets
 class _Baseline:
     """What both baselines have in common: nothing is chosen, nothing is probed."""
 
-    def __init__(self, model: PreTrainedModel, spec: RunSpec) -> None:
-        """Freeze `model`; whoever inherits says what is trained."""
+    def __init__(self, model: PreTrainedModel, spec: RunSpec, without: Collection[str] = ()) -> None:
+        """Freeze `model`; whoever inherits says what is trained, none of the parameters named in `without`."""
         self.spec = spec
         self.probe: GradientProbe | None = None
         self.spiel: Spiel | None = None
-        self._weights = base_weights(model)
+        self._weights = {name: weight for name, weight in base_weights(model).items() if name not in without}
         quantised = any(isinstance(weight, NF4Weight) for weight in self._weights.values())
         self._info = DeltaInfo(spec.method, 1.0, spec.model, fingerprint(self._weights), "nf4" if quantised else "none")
         self._targets: dict[str, nn.Parameter | NF4Weight] = {}
@@ -112,13 +112,13 @@ class _Baseline:
 class AdapterTuning(_Baseline):
     """LoRA or IA3 at work on a model, whose linear layers PEFT wraps in place."""
 
-    def __init__(self, model: PreTrainedModel, spec: RunSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: RunSpec, without: Collection[str] = ()) -> None:
         """Put an adapter beside each linear layer that `spec.targets` means; `spec.seed` decides its first numbers.
 
         Raises:
             TargetsError: there is no such layer.
         """
-        super().__init__(model, spec)
+        super().__init__(model, spec, without)
         config = _adapter_config(model, self._weights, spec)
         self._targets = {name: self._weights[name] for name in _adapted(self._weights, spec)}
         with torch.random.fork_rng():
@@ -145,13 +145,13 @@ class FullTuning(_Baseline):
     rounded. An fp32 weight is its own master.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: RunSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: RunSpec, without: Collection[str] = ()) -> None:
         """Train the parameters that `spec.targets` means.
 
         Raises:
             TargetsError: there is none.
         """
-        super().__init__(model, spec)
+        super().__init__(model, spec, without)
         self._hooks: list[RemovableHandle] = []
         for name in match_targets({name: tuple(weight.shape) for name, weight in self._weights.items()}, spec.targets):
             weight = self._weights[name]
@@ -161,7 +161,7 @@ class FullTuning(_Baseline):
             if weight.dtype in (torch.bfloat16, torch.float16):
                 self._values[name] = nn.Parameter(weight.detach().float())
                 self._masters.append((weight, self._values[name]))
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_move_gradient(self._values[name])))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(move_gradient(self._values[name])))
 
     def detach(self) -> None:
         """Take the hooks away."""
@@ -176,7 +176,9 @@ class FullTuning(_Baseline):
         self._save_info(folder)
 
 
-def _move_gradient(master: nn.Parameter) -> Callable[[Tensor], None]:
+def move_gradient(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """Return a hook that adds the gradient of a 16-bit weight to that of its fp32 master, and frees it."""
+
     def move(weight: Tensor) -> None:
         grad, weight.grad = weight.grad, None
         if grad is not None:
@@ -206,7 +208,8 @@ def _adapter_config(
 ) -> PeftConfig:
     layers = [name.removesuffix(".weight") for name in _adapted(weights, spec)]
     settings: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        # Without a task PEFT leaves the head alone, which is trained and saved beside the adapter.
+        "task_type": "CAUSAL_LM" if spec.task == "causal" else None,
         "target_modules": _names_of(layers, model),
         "fan_in_fan_out": isinstance(model.get_submodule(layers[0]), Conv1D),
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.errors import RunError
 from engine.sparse.optim import SparseAdamW
+from engine.train.head import JoinedOptimizer
 from engine.train.tuning import Tuning
 
 KEPT = 2  # newest checkpoints that stay
@@ -90,11 +91,12 @@ def _load_optimizer(tensors: dict[str, Tensor], tuning: Tuning, optimizer: torch
         found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if not found:
             continue
-        if isinstance(optimizer, SparseAdamW):
-            optimizer.put_state(values, found)
+        part = optimizer.part_of(values) if isinstance(optimizer, JoinedOptimizer) else optimizer
+        if isinstance(part, SparseAdamW):
+            part.put_state(values, found)
         else:
-            fused = optimizer.param_groups[0].get("fused")  # else torch keeps the count of steps on the CPU
-            optimizer.state[values] = {
+            fused = part.param_groups[0].get("fused")  # else torch keeps the count of steps on the CPU
+            part.state[values] = {
                 key: tensor if key == "step" and not fused else tensor.to(values.device)
                 for key, tensor in found.items()
             }

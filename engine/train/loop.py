@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.chunked_loss import output_layer
+from engine.classify import evaluate_rows
 from engine.data.batches import Batch, PreparedData, evaluation_batches, step_batches, steps_in_run
 from engine.errors import TrainingError
-from engine.evaluate import answer_questions, causal_loss, exact_match, heldout_loss
+from engine.evaluate import answer_questions, batch_loss, exact_match, heldout_loss
 from engine.events import Evaluated, Event, Probed, Selected, Stepped, Warned
 from engine.models import resolve_dtype
 from engine.sparse.attach import SparseTuning
@@ -25,6 +26,7 @@ from engine.spec import BASELINES, RunSpec
 from engine.spec_rules import selects_in
 from engine.train.checkpoint import Progress
 from engine.train.choosing import choose_entries
+from engine.train.head import HeadedTuning
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning
 
@@ -67,12 +69,15 @@ class Trainer:
     def __post_init__(self) -> None:
         """Prepare the model for training."""
         self.device = next(self.model.parameters()).device
+        tuning = self.tuning.inner if isinstance(self.tuning, HeadedTuning) else self.tuning
+        self.sparse = tuning if isinstance(tuning, SparseTuning) else None
         self.total_steps = steps_in_run(len(self.data.training), self.spec)
         self.model.config.use_cache = False
         half = resolve_dtype(self.spec.dtype, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.tuning.begin_reselection(self.optimizer, self.total_steps)
-        self.chunks = output_layer(self.model) if self.spec.chunked_loss else None
+        chunked = self.spec.chunked_loss and self.data.labels is None
+        self.chunks = output_layer(self.model) if chunked else None
         if self.spec.chunked_loss and self.chunks is None:
             self.emit(Warned("The loss in chunks is not known for this model; the loss is computed in one piece."))
         if self.spec.gradient_checkpointing:
@@ -151,8 +156,8 @@ class Trainer:
                 f"The gradient of step {step} is too large for float16 at any scale. Set dtype=float32."
             )
         self._report_probe(step)
-        if isinstance(self.tuning, SparseTuning) and (step == 1 or selects_in(step, self.spec)):
-            self._report_selection(step, self.tuning.num_active if step == 1 else self.tuning.replaced)
+        if self.sparse is not None and (step == 1 or selects_in(step, self.spec)):
+            self._report_selection(step, self.sparse.num_active if step == 1 else self.sparse.replaced)
         self.optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -166,8 +171,9 @@ class Trainer:
         """Do the backwards of a step, and choose entries where it is time; return the loss."""
         if self.tuning.spiel is not None:
             self.tuning.spiel.begin_step(step)
-        if isinstance(self.tuning, SparseTuning):
-            choose_entries(self.tuning, step, batches, self._micro_batches(step), self._backward)
+        if self.sparse is not None:
+            choose_entries(self.sparse, step, batches, self._micro_batches(step), self._backward)
+            self.optimizer.zero_grad(set_to_none=True)  # of a head that is trained dense, left by passes that choose
         labelled = sum(batch.labelled_tokens for batch in batches)
         loss = 0.0
         for number, batch in enumerate(batches, 1):
@@ -188,7 +194,7 @@ class Trainer:
         self.tuning.probe = None
 
     def _backward(self, batch: Batch, labelled_tokens: int) -> float:
-        loss = causal_loss(self.model, batch, labelled_tokens, self.device, self.chunks)
+        loss = batch_loss(self.model, batch, labelled_tokens, self.device, self.chunks)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
@@ -240,6 +246,8 @@ class Trainer:
     def evaluate(self, answers: int, *, scored: bool) -> Evaluated | None:
         """Compute the held-out loss, answer up to `answers` held-out questions, emit and return the figures.
 
+        Of a classification, compute its metrics instead of answering.
+
         A stop breaks the evaluation off: None is returned and nothing is emitted, since half of it says nothing.
 
         Args:
@@ -248,11 +256,19 @@ class Trainer:
         """
         stop = self.control.stop_requested
         batches = evaluation_batches(self.data.evaluation[: self.spec.evaluation_rows], self.spec)
+        if self.data.labels is not None:
+            texts = self.data.texts[:SHOWN_SAMPLES]
+            found = evaluate_rows(self.model, batches, self.data.labels, texts, self.device, stop)
+            return self._report(Evaluated(self.step, found.loss, None, found.samples, found.metrics))
         loss = heldout_loss(self.model, batches, self.device, stop, self.chunks)
         samples = answer_questions(self.model, self.tokenizer, self.data.questions[:answers], stop)
-        if stop():
+        share = exact_match(samples) if scored else None
+        return self._report(Evaluated(self.step, loss, share, tuple(samples[:SHOWN_SAMPLES])))
+
+    def _report(self, figures: Evaluated) -> Evaluated | None:
+        """Emit and return the figures of an evaluation, but None where a stop broke it off."""
+        if self.control.stop_requested():
             return None
-        figures = Evaluated(self.step, loss, exact_match(samples) if scored else None, tuple(samples[:SHOWN_SAMPLES]))
         self.emit(figures)
         return figures
 

@@ -7,6 +7,7 @@ follow; on the CPU they would cost more time than they save.
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.batches import PreparedData, evaluation_batches
+from engine.data.classification import LabelledExamples
 from engine.data.examples import Examples
 from engine.errors import BudgetError, TrainingError
-from engine.evaluate import heldout_loss
+from engine.evaluate import batch_loss
 from engine.events import Event, Preflighted
 from engine.planner import formulas
 from engine.planner.plan import Plan, make_plan
@@ -25,7 +27,7 @@ from engine.spec_rules import optimizer_of
 from engine.train.checkpoint import save_checkpoint
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
-from engine.train.tuning import start_tuning
+from engine.train.tuning import Tuning
 from engine.units import GIB, format_bytes
 
 _MICRO_STEPS = 2  # of the step: sums over micro-batches take as much with two as with many
@@ -44,7 +46,11 @@ class _NeverAsked:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the step works with. `folder`: of the run, for the checkpoint; `plan`: says what helps where it fails."""
+    """What the step works with.
+
+    `plan`: says what helps where it fails; `folder`: of the run, for the checkpoint; `start`: makes the model
+    trainable.
+    """
 
     spec: RunSpec
     model: PreTrainedModel
@@ -52,6 +58,7 @@ class Preflight:
     data: PreparedData
     plan: Plan
     folder: Path
+    start: Callable[[RunSpec], Tuning]
 
     def run(self) -> Preflighted:
         """Do the step, and on a GPU an evaluation batch and a checkpoint; leave no trace of them.
@@ -92,7 +99,7 @@ class Preflight:
         small = spec.model_copy(update=changes)
         count = small.micro_batch_size * small.gradient_accumulation
         data = replace(self.data, training=longest_rows(self.data.training, count))
-        tuning = start_tuning(self.model, small)
+        tuning = self.start(small)
         optimizer = tuning.make_optimizer()
         return Trainer(
             small, self.model, self.tokenizer, data, tuning, optimizer, _ignore, _NeverAsked(), lambda _: None, meter
@@ -111,7 +118,9 @@ class Preflight:
     def _evaluate(self, trainer: Trainer) -> None:
         rows = longest_rows(self.data.evaluation, self.spec.micro_batch_size)
         if len(rows):
-            heldout_loss(self.model, evaluation_batches(rows, self.spec), trainer.device, chunks=trainer.chunks)
+            with torch.no_grad():
+                for batch in evaluation_batches(rows, self.spec):
+                    batch_loss(self.model, batch, 1, trainer.device, trainer.chunks)
 
     def _checkpoint(self, trainer: Trainer) -> None:
         folder = self.folder / ".preflight"
@@ -145,10 +154,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def longest_rows(examples: Examples, count: int) -> Examples:
+def longest_rows(examples: Examples | LabelledExamples, count: int) -> Examples | LabelledExamples:
     """Return the `count` longest examples, the longest first; fewer where there are fewer."""
-    order = sorted(range(len(examples)), key=lambda place: -examples.lengths[place])
-    return Examples([examples[place] for place in order[:count]], examples.pad_id)
+    lengths = examples.lengths
+    order = sorted(range(len(examples)), key=lambda place: -lengths[place])[:count]
+    if isinstance(examples, LabelledExamples):
+        return LabelledExamples([examples[place] for place in order], examples.pad_id)
+    return Examples([examples[place] for place in order], examples.pad_id)
 
 
 def longest_row(data: PreparedData) -> int:

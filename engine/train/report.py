@@ -11,6 +11,7 @@ from engine.models import resolve_dtype
 from engine.planner.calibration import Rate, store_rate
 from engine.planner.plan import Plan
 from engine.runs import Run, read_events, write_json
+from engine.train.head import HeadedTuning
 from engine.train.loop import Trainer
 
 _RATED_STEPS = 5  # fewer steps than these say little of a rate
@@ -37,6 +38,7 @@ def write_report(
         "state": state,
         "exact_match": {"base": base.exact_match, "tuned": tuned.exact_match if tuned else None},
         "evaluation_loss": {"base": _number(base.loss), "tuned": _number(tuned.loss) if tuned else None},
+        "metrics": {"base": base.metrics, "tuned": tuned.metrics if tuned else {}},
         "train_seconds": round(trainer.elapsed_s, 2),
         "tokens_per_s": tokens_per_s,
         "peak_bytes": trainer.memory.peak_bytes(),
@@ -44,6 +46,7 @@ def write_report(
         "steps": trainer.step,
         "total_steps": trainer.total_steps,
         "num_active": tuning.num_active,
+        "head_parameters": tuning.head_numel if isinstance(tuning, HeadedTuning) else 0,
         "density": tuning.num_active / tuning.target_numel,
         "model": spec.model,
         "dataset": spec.dataset,

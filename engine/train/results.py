@@ -1,6 +1,6 @@
 """The result of a run over its base model: put in and taken out, exactly."""
 
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.errors import DeltaError
+from engine.models import load_classifier, load_model
 from engine.sparse.base_weight import base_weights
 from engine.sparse.delta import SparseDelta, read_info, require_base
+from engine.spec import RunSpec
 from engine.train.baselines import keep_dtype_of_ia3
-
-Switch = Callable[[bool], None]
+from engine.train.head import Switch, apply_head, read_head
 
 
 def apply_result(model: PreTrainedModel, folder: Path) -> Switch:
@@ -28,9 +29,25 @@ def apply_result(model: PreTrainedModel, folder: Path) -> Switch:
     Raises:
         DeltaError: there is no result that can be read, or the model is not its base.
     """
+    head = read_head(folder)
+    switches = [_apply(model, folder, head), *([apply_head(model, head)] if head else [])]
+
+    def switch(applied: bool) -> None:
+        for each in switches:
+            each(applied)
+
+    return switch
+
+
+def load_base(spec: RunSpec, device: torch.device, labels: tuple[str, ...] | None) -> PreTrainedModel:
+    """Return the base model of a result, as `load_model` does; with a head where the result has `labels`."""
+    return load_model(spec, device) if labels is None else load_classifier(spec, device, labels)[0]
+
+
+def _apply(model: PreTrainedModel, folder: Path, head: Collection[str]) -> Switch:
     info = read_info(folder)
     if info.method in ("lora", "ia3", "full"):
-        require_base(info, base_weights(model))
+        require_base(info, {name: weight for name, weight in base_weights(model).items() if name not in head})
         try:
             return _full(model, folder) if info.method == "full" else _adapter(model, folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -1,6 +1,6 @@
 """What the training loop and checkpoints ask of a tuning, sparse or baseline, and which one a spec means."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -76,15 +76,20 @@ class Tuning(Protocol):
         """Write what `results.apply_result` puts into the base again."""
 
 
-def start_tuning(model: PreTrainedModel, spec: RunSpec) -> Tuning:
+def start_tuning(model: PreTrainedModel, spec: RunSpec, without: Collection[str] = ()) -> Tuning:
     """Make of `model` what `spec.method` trains; all else is frozen.
+
+    Args:
+        model: loaded with `spec`.
+        spec: of the run.
+        without: names of parameters that are never targets: the head of a classifier, see `head.HeadedTuning`.
 
     Raises:
         TargetsError: no weight matches `spec.targets`.
     """
     match spec.method:
         case "lora" | "ia3":
-            return AdapterTuning(model, spec)
+            return AdapterTuning(model, spec, without)
         case "full":
-            return FullTuning(model, spec)
-    return attach(model, spec)
+            return FullTuning(model, spec, without)
+    return attach(model, spec, without=without)

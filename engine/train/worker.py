@@ -3,7 +3,7 @@
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -11,9 +11,10 @@ from types import FrameType
 import filelock
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.batches import PreparedData, prepare_data
+from engine.data.labels import Labels
 from engine.errors import EngineError, TrainingError
 from engine.events import (
     Checkpointed,
@@ -27,7 +28,7 @@ from engine.events import (
     Warned,
 )
 from engine.hardware import resolve_device
-from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
 from engine.runs import (
     Run,
@@ -43,12 +44,14 @@ from engine.runs import (
 from engine.sparse.base_weight import base_weights
 from engine.spec import RunSpec
 from engine.train.checkpoint import load_checkpoint, save_checkpoint
+from engine.train.head import HeadedTuning
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter, hold_to_budget
 from engine.train.preflight import Preflight, is_out_of_memory, longest_row
 from engine.train.report import write_report
-from engine.train.tuning import start_tuning
+from engine.train.tuning import Tuning, start_tuning
 
+Start = Callable[[RunSpec], Tuning]
 LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
 QUEUE_POLL_S = 0.5
 STATUS_INTERVAL_S = 0.3
@@ -210,20 +213,29 @@ class Loaded:
     device: torch.device
 
 
+def _load(spec: RunSpec, device: torch.device, labels: Labels | None) -> tuple[PreTrainedModel, Start]:
+    """Return the base model, and what makes it trainable."""
+    if labels is None:
+        model = load_model(spec, device)
+        return model, lambda spec: start_tuning(model, spec)
+    model, head = load_classifier(spec, device, labels.names)
+    return model, lambda spec: HeadedTuning(start_tuning(model, spec, head), model, head, labels.names, spec)
+
+
 def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
     spec, device, data = loaded.spec, loaded.device, loaded.data
     journal.state("preparing", "Loading the model.")
     begun = time.monotonic()
-    model = load_model(spec, device)
+    model, start = _load(spec, device, data.labels)
     loading_s = time.monotonic() - begun
     num_parameters = sum(weight.numel() for weight in base_weights(model).values())
     checkpoint, tried_bytes = latest_checkpoint(run), 0
     if spec.preflight and checkpoint is None:
         journal.state("preparing", "Trying one step at the longest batch.")
-        tried = Preflight(spec, model, loaded.tokenizer, data, loaded.plan, run.path).run()
+        tried = Preflight(spec, model, loaded.tokenizer, data, loaded.plan, run.path, start).run()
         journal.emit(tried)
         tried_bytes = tried.peak_bytes
-    tuning = start_tuning(model, spec)
+    tuning = start(spec)
     journal.emit(
         ModelLoaded(
             num_parameters,
@@ -233,6 +245,7 @@ def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
             str(device),
             str(resolve_dtype(spec.dtype, device)).removeprefix("torch."),
             loading_s,
+            tuning.head_numel if isinstance(tuning, HeadedTuning) else 0,
         )
     )
     optimizer = tuning.make_optimizer()

@@ -6,13 +6,18 @@ from typing import Any
 
 import gradio as gr
 
-from engine.runs import Run
+from engine.data.labels import PAIR_SEPARATOR
+from engine.runs import Run, read_spec
 from engine.workers import Side
 from sparse_ui import cards
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain, guarded
 
 EXAMPLES = 4
+LABELS_HINT = (
+    f"This run labels texts: send one, or two with {PAIR_SEPARATOR} between them. The tuned model says how likely each "
+    "label is; the base has no trained head to say it with."
+)
 PLACEHOLDERS = {"Base": "Answers first, without the trained values.", "Tuned": "Answers the same question after it."}
 Messages = list[dict[str, Any]]
 
@@ -54,7 +59,8 @@ def build_chat_tab(context: AppContext) -> ChatTab:
     def refresh(chosen: str | None) -> list[Any]:
         ids = [run.id for run in ready_runs(context)]
         value = chosen if chosen in ids else next(iter(ids), None)
-        hint = "" if ids else cards.callout(["No run has a result yet. Train one first."], "note")
+        none_yet = cards.callout(["No run has a result yet. Train one first."], "note")
+        hint = _labels_hint(context, value) if ids else none_yet
         return [gr.update(choices=ids, value=value), *_example_updates(context, value), hint]
 
     return ChatTab(tab, widgets.run_id, [widgets.run_id, *widgets.examples, widgets.said], refresh)
@@ -93,7 +99,7 @@ def _wire(context: AppContext, widgets: _Widgets) -> None:
     @guarded("changing the run")
     def change_run(chosen: str | None) -> list[Any]:
         context.chat.close_unless(chosen)
-        return [[], [], "", *_example_updates(context, chosen)]
+        return [[], [], _labels_hint(context, chosen), *_example_updates(context, chosen)]
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     asked = [run_id, widgets.box, widgets.tokens, widgets.warmth, base, tuned]
@@ -127,6 +133,12 @@ def _draw_side(name: str) -> gr.Chatbot:
             render_markdown=False,  # an answer is shown as it was generated, tags and all
             allow_file_downloads=False,
         )
+
+
+def _labels_hint(context: AppContext, run_id: str | None) -> str:
+    run = context.find_run(run_id)
+    classifies = run is not None and read_spec(run).task == "classification"
+    return cards.callout([LABELS_HINT], "note") if classifies else ""
 
 
 def _example_updates(context: AppContext, run_id: str | None) -> list[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import gradio as gr
 
+from engine.data.formats import Conversation
+from engine.data.labels import LabelledText, Labels
 from engine.data.preview import Preview, preview_dataset
 from engine.spec import RunSpec, about
 from sparse_ui import cards, form
@@ -13,6 +15,8 @@ from sparse_ui.context import AppContext
 from sparse_ui.messages import explain
 
 FIELDS = tuple(name for name in form.WIDGETS if name in RunSpec.model_fields and about(name).group == "data")
+
+SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def _summary(preview: Preview) -> str:
         [
             ("Format", preview.format),
             ("Columns", columns or "–"),
+            *([] if preview.labels is None else [("Labels", _label_words(preview.labels))]),
             ("Rows", f"{preview.rows:,}"),
             ("To train on", f"{preview.training_rows:,} rows"),
             ("Held out", f"{preview.evaluation_rows:,} rows"),
@@ -104,9 +109,23 @@ def _summary(preview: Preview) -> str:
     )
 
 
+def _label_words(labels: Labels) -> str:
+    if not labels.names:
+        return "numbers (regression)"
+    more = f" and {len(labels.names) - SHOWN_LABELS} more" if len(labels.names) > SHOWN_LABELS else ""
+    return f"{len(labels.names)}: {', '.join(labels.names[:SHOWN_LABELS])}{more}"
+
+
 def _rows(preview: Preview) -> str:
     blocks = []
-    for number, conversation in enumerate(preview.conversations, start=1):
-        turns = [(message.role, message.content) for message in conversation.messages]
-        blocks.append(cards.conversation(number, turns or [("text", conversation.text)]))
+    for number, row in enumerate(preview.conversations, start=1):
+        blocks.append(cards.conversation(number, _turns(row)))
     return cards.title("First rows", "as the model will see them, before tokens") + "".join(blocks)
+
+
+def _turns(row: Conversation | LabelledText) -> list[tuple[str, str]]:
+    """Return what a row says as (who or what, words)."""
+    if isinstance(row, LabelledText):
+        second = [] if row.text_pair is None else [("second", row.text_pair)]
+        return [("text", row.text), *second, ("label", row.word)]
+    return [(message.role, message.content) for message in row.messages] or [("text", row.text)]

@@ -72,3 +72,9 @@ def test_spiel_presets_have_the_papers_number_of_values() -> None:
     for name, share in (("spiel-ag-llama2-7b", 0.0237), ("spiel-ma-llama2-13b", 0.0192)):
         plan = make_plan(load_preset(name))
         assert plan.num_active / plan.num_parameters == pytest.approx(share, rel=0.01)
+
+
+def test_glue_presets_have_the_papers_number_of_values() -> None:
+    """0.8 M of q, k, v and o beside the classifier (arXiv:2312.11875, Table 2); 355 M parameters (arXiv:1907.11692)."""
+    plan = make_plan(load_preset("sift-roberta-large-mrpc"))
+    assert (plan.num_active, plan.num_parameters) == (96 * int(0.008 * 1024**2), 355_361_794)

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import TargetsError
-from engine.targets import layer_number, match_targets, num_active_of
+from engine.targets import adapted_weights, layer_number, match_targets, num_active_of
 
 NAMES = {
     "model.embed_tokens.weight": (80, 64),
@@ -31,6 +31,27 @@ def test_attention_means_its_projections_fused_or_not() -> None:
     found = {name.split(".")[-2] for name in match_targets(NAMES, "attention")}
     assert found == {"q_proj", "o_proj", "query_key_value", "c_attn", "c_proj"}
     assert "transformer.h.3.mlp.c_proj.weight" not in match_targets(NAMES, "attention")
+
+
+ENCODERS = {
+    "bert": (
+        "attention.self.query",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    "distilbert": ("attention.q_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_layers_of_encoders_are_known_by_their_names(family: str) -> None:
+    layers = [f"{family}.encoder.layer.0.{layer}" for layer in ENCODERS[family]]
+    names = {f"{layer}.weight": (64, 64) for layer in layers} | {"classifier.dense.weight": (64, 64)}
+    assert match_targets(names, "linear") == [f"{layer}.weight" for layer in layers]
+    assert match_targets(names, "attention") == [f"{layer}.weight" for layer in layers[:3]]
+    assert adapted_weights(names, "linear", "ia3") == [f"{layers[place]}.weight" for place in (1, 4)]
 
 
 def test_all_means_every_parameter() -> None:

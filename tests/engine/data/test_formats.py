@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from engine.data.formats import Message, RowFormat, UnusableRowError, read_row, recognise
+from engine.data.columns import UnusableRowError
+from engine.data.formats import Message, RowFormat, read_row, recognise
 from engine.errors import DatasetError
 from engine.spec import RunSpec
 

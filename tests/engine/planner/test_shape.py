@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine.errors import HubUnreachableError, ModelError
 from engine.planner.shape import has_weights, read_shape, require_weights, resolve_model
@@ -65,6 +65,29 @@ def test_a_config_gives_the_parameters_of_the_model_class(family: str, tmp_path:
         model = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert dict(read_shape(str(tmp_path)).tensors) == expected
+
+
+ENCODER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 80,
+}
+DISTIL = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 80}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert", "llama"])
+def test_a_config_gives_the_parameters_of_the_classifier_class(family: str, tmp_path: Path) -> None:
+    sizes = {"distilbert": DISTIL, "llama": SMALL}.get(family, ENCODER)
+    config = AutoConfig.for_model(family, **sizes)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    shape = read_shape(str(tmp_path), task="classification")
+    assert dict(shape.tensors) == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    heads = [p.numel() for name, p in model.named_parameters() if name.split(".")[0] not in (model.base_model_prefix,)]
+    assert shape.dense_numel == sum(heads)
 
 
 def test_an_index_of_shards_is_read_whole(config_folder: Callable[..., str]) -> None:

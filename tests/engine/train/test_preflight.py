@@ -39,7 +39,8 @@ def parts(model_folder: Path, dataset_folder: Path, tmp_path: Path) -> Any:
         tokenizer = load_tokenizer(spec)
         data = prepare_data(spec, tokenizer)
         plan = make_plan(spec, longest_row=longest_row(data))
-        return Preflight(spec, load_model(spec, CPU), tokenizer, data, plan, tmp_path)
+        model = load_model(spec, CPU)
+        return Preflight(spec, model, tokenizer, data, plan, tmp_path, lambda spec: start_tuning(model, spec))
 
     return make
 

@@ -1,0 +1,94 @@
+"""Classifiers as the planner sees them: the tensors of BERT, RoBERTa and DistilBERT with a head, from the config alone.
+
+A classification loads another class than the checkpoint's own: parts such as RoBERTa's pooler or the output layer over
+the vocabulary are left out, and a head is made. The number of labels is known when the dataset is read; the plan counts
+two, or what the config says.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Shape = tuple[int, ...]
+
+ENCODERS = frozenset(("bert", "roberta", "xlm-roberta", "distilbert"))
+LABELS = 2
+_OUTPUTS = ("lm_head.", "embed_out.", "output.weight")  # over the vocabulary
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter of a classifier is trained dense: what no checkpoint of the base holds."""
+    return name.startswith(("classifier.", "pre_classifier.", "score."))
+
+
+def classifier_tensors(family: str, config: Mapping[str, Any], tensors: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the parameters, name to shape, of the class that transformers loads for a classification.
+
+    Args:
+        family: the config's model_type.
+        config: the content of config.json.
+        tensors: of the base; read for families that are no encoder here.
+    """
+    if family == "distilbert":
+        return dict(_distilbert(config))
+    if family in ENCODERS:
+        return dict(_bert(config, "bert" if family == "bert" else "roberta"))
+    config = config.get("text_config") or config
+    kept = {name: shape for name, shape in tensors.items() if not name.startswith(_OUTPUTS)}
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    return kept | {"score.weight": (labels_of(config), int(hidden or 0))}
+
+
+def labels_of(config: Mapping[str, Any]) -> int:
+    """Return the labels that a config names, or `LABELS`."""
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) and names else LABELS
+
+
+def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    yield f"{name}.bias", (outputs,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _bert(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Shape]]:
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    yield f"{prefix}.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
+    yield f"{prefix}.embeddings.position_embeddings.weight", (config["max_position_embeddings"], hidden)
+    yield f"{prefix}.embeddings.token_type_embeddings.weight", (config.get("type_vocab_size", 2), hidden)
+    yield from _norm(f"{prefix}.embeddings.LayerNorm", hidden)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"{prefix}.encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            yield from _linear(f"{block}.attention.self.{name}", hidden, hidden)
+        yield from _linear(f"{block}.attention.output.dense", hidden, hidden)
+        yield from _norm(f"{block}.attention.output.LayerNorm", hidden)
+        yield from _linear(f"{block}.intermediate.dense", ffn, hidden)
+        yield from _linear(f"{block}.output.dense", hidden, ffn)
+        yield from _norm(f"{block}.output.LayerNorm", hidden)
+    if prefix == "bert":
+        yield from _linear("bert.pooler.dense", hidden, hidden)
+        yield from _linear("classifier", labels_of(config), hidden)
+    else:
+        yield from _linear("classifier.dense", hidden, hidden)
+        yield from _linear("classifier.out_proj", labels_of(config), hidden)
+
+
+def _distilbert(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    hidden, ffn = config["dim"], config["hidden_dim"]
+    yield "distilbert.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
+    yield "distilbert.embeddings.position_embeddings.weight", (config["max_position_embeddings"], hidden)
+    yield from _norm("distilbert.embeddings.LayerNorm", hidden)
+    for layer in range(config["n_layers"]):
+        block = f"distilbert.transformer.layer.{layer}"
+        for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
+            yield from _linear(f"{block}.attention.{name}", hidden, hidden)
+        yield from _norm(f"{block}.sa_layer_norm", hidden)
+        yield from _linear(f"{block}.ffn.lin1", ffn, hidden)
+        yield from _linear(f"{block}.ffn.lin2", hidden, ffn)
+        yield from _norm(f"{block}.output_layer_norm", hidden)
+    yield from _linear("pre_classifier", hidden, hidden)
+    yield from _linear("classifier", labels_of(config), hidden)
