@@ -103,13 +103,13 @@ def test_the_run_is_the_same_bits_with_and_without(parts: Any, fields: dict[str,
 
 def test_it_is_at_the_longest_rows_of_this_dataset(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = parts(), []
-    plain = engine.train.loop.causal_loss
+    plain = engine.train.loop.batch_loss
 
     def watch(model: Any, batch: Any, *rest: Any) -> Tensor:
         seen.append(tuple(batch.input_ids.shape))
         return plain(model, batch, *rest)
 
-    monkeypatch.setattr(engine.train.loop, "causal_loss", watch)
+    monkeypatch.setattr(engine.train.loop, "batch_loss", watch)
     event = made.run()
     lengths = sorted(made.data.training.lengths, reverse=True)
     assert isinstance(event, Preflighted)
@@ -128,7 +128,7 @@ def test_memory_that_runs_out_names_what_helps_and_the_model_stays_usable(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.train.loop, "causal_loss", fail)
+        patched.setattr(engine.train.loop, "batch_loss", fail)
         with pytest.raises(BudgetError, match=r"ran out in the step of 4 x \d+ tokens .* What helps: \w+"):
             made.run()
     assert all(torch.equal(each, before[name]) for name, each in made.model.named_parameters())
