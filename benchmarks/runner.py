@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.analysis.sweeps import train_once
 from engine import runs, workers
+from engine.analysis.sweeps import train_once
 from engine.presets import find_spec_file
 from engine.spec_io import apply_overrides, load_values, parse_spec
 
