@@ -2,7 +2,7 @@
 
 SpIEL-AG, and SIFT that chooses anew, know an entry's age from Adam: the updates since it was chosen, with those that
 its seeds stand for. SpIEL-MA keeps the number of the reselection that chose it. Where a weight gets no gradient in some
-steps (an expert), its entries look as much younger.
+steps (an expert), its entries look as much younger; with 8-bit states ages end at 32,767.
 """
 
 import json

@@ -208,7 +208,7 @@ def _run(trial: Trial, spec: RunSpec) -> Row:
     row = Row(trial.labels, spec.seed, spec.learning_rate)
     try:
         report = train_once(spec)
-    except RunError as error:
+    except EngineError as error:  # it failed, or its worker did not come up
         return replace(row, error=str(error))
     return replace(
         row,
@@ -227,6 +227,7 @@ def train_once(spec: RunSpec) -> dict[str, Any]:
 
     Raises:
         RunError: the run did not finish.
+        WorkerError: its worker did not come up.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = runs.create_run(spec.model_copy(update={"output": folder}))

@@ -11,7 +11,7 @@ from engine.__main__ import main
 from engine.analysis import sweeps
 from engine.analysis.sweep_findings import density_findings, module_findings, schedule_findings
 from engine.analysis.sweeps import Row, density_trials, module_trials, module_weights, schedule_trials, specs_of
-from engine.errors import EngineError, InvalidSpecError, RunError
+from engine.errors import EngineError, InvalidSpecError, RunError, WorkerError
 from engine.planner.shape import build_shape, read_shape
 from engine.spec import RunSpec
 
@@ -123,6 +123,22 @@ def test_interruption_keeps_what_is_finished(
     assert body["settings"]["runs"] == "1 of 2"
     assert [row["loss"] for row in body["result"]["rows"]] == [1.5]
     assert len(Path("out/rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_run_that_fails_later_is_a_row_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_once(spec: RunSpec) -> dict[str, Any]:
+        if spec.density == 0.05:
+            raise WorkerError("It did not come up.")
+        return {**REPORT, "exact_match": {"tuned": None}}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweeps, "train_once", train_once)
+    assert _sweep() == 0
+    said = capsys.readouterr()
+    assert "2/2  sift, 5 %, seed 0: failed: It did not come up." in said.err
+    assert "1 of 2 runs failed, the first (sift, 5 %) so: It did not come up." in said.out
 
 
 def test_sweep_whose_first_run_fails_ends_with_its_sentence(
