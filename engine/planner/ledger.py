@@ -80,6 +80,11 @@ class Ledger:
         for storage in self.storages:
             storage.part = storage.part or "transients"
 
+    def move(self, part: str, other: str) -> None:
+        """Let everything that is `part` be `other`."""
+        for storage in self.storages:
+            storage.part = other if storage.part == part else storage.part
+
     def _made_in_forward(self, number: int) -> bool:
         storage = self.storages[number]
         return not storage.part and storage.phase in (FORWARD, LOSS)
@@ -164,8 +169,7 @@ def add_up(ledger: Ledger, rounding: int = ROUNDING_BYTES, host_apart: bool = Tr
         host_apart: whether main memory is another memory than the device's; else it counts with it.
     """
     if not host_apart:
-        for storage in ledger.storages:
-            storage.part = "transients" if storage.part == HOST else storage.part
+        ledger.move(HOST, "transients")
     running = _Running(ledger, rounding)
     best, phases, host = (-1, 0, ""), Counter[str](), 0
     after: Moment | None = None

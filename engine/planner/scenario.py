@@ -36,9 +36,15 @@ class Scenario:
     Those have their real size but are never written, so they take no memory.
     """
 
-    def __init__(self, count: int) -> None:
-        """Answer `count` where a number of entries is asked for that hangs on trained numbers."""
+    def __init__(self, count: int, *, on_cpu: bool) -> None:
+        """Prepare answers.
+
+        Args:
+            count: the answer where a number of entries is asked for that hangs on trained numbers.
+            on_cpu: whether the meta device stands for the CPU.
+        """
         self._count = count
+        self._on_cpu = on_cpu
         self._memo = Memo()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,17 +59,24 @@ class Scenario:
             return _in_bfloat16(func, args, kwargs)
         if func in _FACTORIES:
             return self._make(func, args, kwargs)
-        if func is _aten._to_copy.default and _leaves_or_stays(args[0], kwargs):
-            return _on_host(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+        if func is _aten._to_copy.default and _leaves_the_device(args[0], kwargs):
+            return _hollow(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         first = args[0] if args else None
         if isinstance(first, (list, tuple)) and first:
             first = first[0]
         if isinstance(first, Tensor):
-            if not first.is_meta and first.numel() > KNOWN_NUMEL and not func.is_view:
-                return _run_on_host(func, args, kwargs)
+            if _is_hollow(first):
+                return _run_hollow(func, args, kwargs)
             if _known(first) is not None:
                 return _run_twice(func, args, kwargs)
-        return self._memo.run(func, args, kwargs)
+        out = self._memo.run(func, args, kwargs)
+        if func in _QUESTIONS:
+            out.known = torch.tensor(_QUESTIONS[func])
+        return out
+
+    def stays(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Return whether an operation copies from main memory to a device that is main memory: nothing is copied."""
+        return self._on_cpu and func is _aten._to_copy.default and not args[0].is_meta
 
     def _answer(self, tensor: Tensor) -> bool | int | float:
         known = _known(tensor)
@@ -76,7 +89,7 @@ class Scenario:
 
     def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten.randperm.generator and args[0] > KNOWN_NUMEL:
-            return _on_host((args[0],), torch.int64)
+            return _hollow((args[0],), torch.int64)
         out = func(*args, **kwargs)
         if out.is_meta and not out.is_floating_point() and out.numel() <= KNOWN_NUMEL:
             out.known = func(*args, **{**kwargs, "device": "cpu"})
@@ -162,12 +175,14 @@ _FACTORIES = frozenset(
     )
 )
 _UPDATES = frozenset((_aten._fused_sgd_.default, _aten._fused_sgd_.tensor_lr))  # no meta kernel; nothing is made
+# Of trained numbers: all are finite, none is NaN.
+_QUESTIONS = {_aten.all.default: True, _aten.any.default: False}
 
 
 def _known(tensor: Tensor) -> Tensor | None:
     """Return the real numbers of a meta tensor where they are known; a tensor in main memory is its own."""
     if not tensor.is_meta:
-        return tensor
+        return None if _is_hollow(tensor) else tensor
     known: Tensor | None = getattr(tensor, "known", None)
     return known
 
@@ -196,24 +211,36 @@ def _to_main_memory(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
 
 
-def _leaves_or_stays(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
+def _leaves_the_device(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
     """Return whether a copy of a meta tensor goes to main memory."""
     device = kwargs.get("device")
     return tensor.is_meta and device is not None and torch.device(device).type == "cpu"
 
 
-def _on_host(shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+def _hollow(shape: Any, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in main memory that is never written, so that its pages are never there."""
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    tensor.hollow = True  # type: ignore[attr-defined]
+    return tensor
 
 
-def _run_on_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what an operation on large tensors in main memory gives, without touching them."""
+def _is_hollow(tensor: Tensor) -> bool:
+    return not tensor.is_meta and getattr(tensor, "hollow", False)
+
+
+def _run_hollow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what an operation on hollow tensors gives, without touching them."""
     if func is _aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "meta":
         return func(*args, **kwargs)
+    if func.is_view:
+        out = func(*args, **kwargs)
+        for each in tree_flatten(out)[0]:
+            each.hollow = True
+        return out
     if func._schema.is_mutable:
         return args[0]
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda each: each.to("meta"), (args, kwargs))
-    return tree_map_only(Tensor, lambda each: _on_host(each.shape, each.dtype), func(*meta_args, **meta_kwargs))
+    return tree_map_only(Tensor, lambda each: _hollow(each.shape, each.dtype), func(*meta_args, **meta_kwargs))
 
 
 def choose_attention(
@@ -319,7 +346,7 @@ def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
 
 
 def _any_numbers(tensor: Tensor) -> Any:
-    return _numpy(_on_host(tensor.shape, tensor.dtype) if tensor.is_meta else tensor)
+    return _numpy(_hollow(tensor.shape, tensor.dtype) if tensor.is_meta else tensor)
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:

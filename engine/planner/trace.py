@@ -23,6 +23,8 @@ from engine.models import describe_model
 from engine.planner.ledger import (
     BACKWARD,
     FORWARD,
+    HOST,
+    LOGITS,
     LOSS,
     OPTIMIZER,
     ROUNDING_BYTES,
@@ -44,6 +46,8 @@ from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning, start_tuning
 
 STEPS = 2
+RESELECTION = 2  # steps from a choice to the next, where a run chooses anew
+PLENTY_GIB = 2.0**20  # of main memory, so that entries are chosen in one pass over the micro-batches
 MICRO_STEPS = 2  # the second finds gradients of the first
 
 
@@ -67,10 +71,12 @@ def trace_events(spec: RunSpec, device: Device, *, padded: bool | None = None) -
     """Return the life of every storage of a run of `spec` on `device`; see `trace`."""
     spec = traced_spec(spec)
     model = describe_model(spec, torch.device("cpu" if device.is_cpu else "cuda"))
-    scenario = Scenario(count=2 * _most_active(model, spec))
+    scenario = Scenario(2 * _most_active(model, spec), on_cpu=device.is_cpu)
     meter = StorageMeter(scenario, workspaces=not device.is_cpu)
     with standing_for(device.is_cpu):
         record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded))
+    if spec.offload_states and not device.is_cpu:
+        meter.ledger.move("optimizer_states", HOST)
     return meter.ledger
 
 
@@ -95,7 +101,12 @@ def traced_spec(spec: RunSpec) -> RunSpec:
         "max_steps": STEPS,
         "evaluation_interval": 0,
         "checkpoint_interval": 0,
+        "selection_memory_gib": PLENTY_GIB,
     }
+    if spec.allocation == "global":  # how the entries spread over the weights hangs on trained numbers
+        changes["allocation"] = "uniform"
+    if spec.reselection_period is not None:
+        changes.update(reselection_period=RESELECTION, max_steps=RESELECTION + 1)
     if spec.selection_micro_steps is not None:
         changes["selection_micro_steps"] = min(spec.selection_micro_steps, MICRO_STEPS)
     if spec.method in SPIEL_METHODS:
@@ -120,7 +131,6 @@ def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training:
             meter.adopt(part, "parameters")
     for buffer in model.buffers():
         meter.adopt(buffer, "parameters")
-    meter.watch_modules(model)
     with _no_garbage():
         with meter:
             tuning = start_tuning(model, spec)
@@ -128,6 +138,7 @@ def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training:
             trainer = _trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
         label()
+        meter.watch_modules(model)
         _mark_phases(trainer, meter.ledger, label)
         with meter:
             trainer.run()
@@ -190,12 +201,18 @@ def _mark_phases(trainer: Trainer, ledger: Ledger, label: "_Labels") -> None:
 
         setattr(owner, name, marked)
 
+    def enter_forward(*_: Any) -> None:
+        if ledger.phase != FORWARD and not torch._C._current_autograd_node():
+            ledger.enter(FORWARD)
+
     def leave_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        label.logits(output)
+        label.output(output)
         ledger.enter(LOSS)
 
-    trainer.model.register_forward_pre_hook(lambda *_: ledger.enter(FORWARD))
-    trainer.model.register_forward_hook(leave_forward)
+    # A loss in chunks calls the body of the model alone.
+    last = trainer.model if trainer.chunks is None else trainer.model.base_model
+    last.register_forward_pre_hook(enter_forward)
+    last.register_forward_hook(leave_forward)
     around(trainer.tuning, "end_micro_step", SELECTION)
     around(trainer.optimizer, "step", OPTIMIZER)
     around(trainer.tuning, "write_back", WRITE_BACK)
@@ -214,12 +231,13 @@ class _Labels:
         for part, tensor in self._parts():
             self._meter.adopt_new(tensor, part)
 
-    def logits(self, output: Any) -> None:
-        """Say which tensor of the model's output the logits are, and when its gradient is there."""
-        logits = output.logits
-        self._meter.adopt(logits, "logits")
-        if logits.requires_grad:
-            logits.register_hook(lambda _: self._meter.ledger.enter(BACKWARD))
+    def output(self, output: Any) -> None:
+        """Say which tensor the logits are, where there are any, and when the gradient of the output is there."""
+        tensor = output.logits if "logits" in output else output.last_hidden_state
+        if "logits" in output:
+            self._meter.adopt(tensor, LOGITS)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: self._meter.ledger.enter(BACKWARD))
 
     def _parts(self) -> Iterator[tuple[str, Tensor]]:
         for values in self._tuning.values:
