@@ -56,7 +56,7 @@ def _both(spec: RunSpec, padded: bool | None = None) -> tuple[Figures, Figures]:
 
 def _spec(model: str, **fields: Any) -> RunSpec:
     values = {"sequence_length": 128, "density": 0.05, "gradient_accumulation": 1, "probe_interval": 0, **fields}
-    return RunSpec(model=model, **values)
+    return RunSpec(model=model, **{"gradient_way": "dense", **values})
 
 
 def _assert_equal(traced: Figures, real: Figures) -> None:
@@ -64,6 +64,12 @@ def _assert_equal(traced: Figures, real: Figures) -> None:
     for part, num_bytes in real.peak.parts.items():
         assert traced.peak.parts[part] == pytest.approx(num_bytes, abs=1e-3 * real.peak.total), part
     assert traced.after_forward.total == pytest.approx(real.after_forward.total, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["sift", "spiel-ag"])
+def test_ways_that_hang_on_numbers_take_what_the_trace_says_at_most(method: str, folder: Any) -> None:
+    traced, real = _both(_spec(folder("llama"), method=method, gradient_way="compaction"))
+    assert real.peak.total <= 1.01 * traced.peak.total
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
