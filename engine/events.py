@@ -91,7 +91,10 @@ class Preflighted(Event):
 
 @dataclass(frozen=True)
 class Selected(Event):
-    """Trained entries were chosen in `step`, all of them or, where SpIEL drops and grows, `replaced` of them."""
+    """Trained entries were chosen in `step`, all of them or, where SpIEL drops and grows, `replaced` of them.
+
+    `gradient_share`: the multiplications that their gradient takes, of those for the dense gradients of the targets.
+    """
 
     kind: ClassVar[str] = "selection"
     step: int
@@ -99,6 +102,7 @@ class Selected(Event):
     num_active: int
     density: float
     replaced: int = 0
+    gradient_share: float | None = None
 
 
 @dataclass(frozen=True)

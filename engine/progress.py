@@ -94,7 +94,9 @@ def _line(event: Event) -> str:
         case Selected():
             share = f"{format_percent(event.density)} of the targets"
             replaced = f", {format_percent(event.replaced / event.num_active)} of them new" if event.step > 1 else ""
-            return f"Chosen by {event.method} in step {event.step}: {share}{replaced}"
+            work = event.gradient_share
+            cost = "" if work is None else f"; {format_percent(work)} of the dense gradient is computed"
+            return f"Chosen by {event.method} in step {event.step}: {share}{replaced}{cost}"
         case Evaluated():
             match_text = "" if event.exact_match is None else f", exact match {event.exact_match:.2f}"
             match_text += "".join(f", {name} {figure:.3f}" for name, figure in event.metrics.items())

@@ -24,6 +24,7 @@ METHODS: dict[Method, str] = {
 }
 SPIEL_METHODS: tuple[Method, ...] = ("spiel-ag", "spiel-ma")
 SELECTING: tuple[Method, ...] = ("sift", "fisher")  # choose their entries from first gradients
+SPARSE: tuple[Method, ...] = ("sift", "random", "magnitude", "fisher", "spiel-ag", "spiel-ma")
 BASELINES: tuple[Method, ...] = ("lora", "ia3", "full")  # not sparse: what a person compares with
 OptimizerName = Literal[
     "adamw",
@@ -383,6 +384,17 @@ class RunSpec(BaseModel):
             rule="true or false",
         ),
     ] = False
+    gradient_way: Annotated[
+        Literal["auto", "dense", "compaction", "sampled"],
+        About(
+            "memory",
+            "Way to the gradient",
+            "How the gradient of the trained entries of a linear layer is computed; all ways are exact. dense: the "
+            "whole gradient of the weight; compaction: a few small products that hold the entries; sampled: one dot "
+            "product an entry; auto: for each weight what is fastest on this machine.",
+            methods=SPARSE,
+        ),
+    ] = "auto"
     attention: Annotated[
         Literal["sdpa", "eager"], About("memory", "Attention", "sdpa: fused kernels; eager: plain matrix products.")
     ] = "sdpa"

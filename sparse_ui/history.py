@@ -14,6 +14,7 @@ from engine.events import (
     Event,
     ModelLoaded,
     Probed,
+    Selected,
     Stepped,
     Warned,
 )
@@ -34,6 +35,7 @@ class History:
     warnings: list[str] = field(default_factory=list)
     data: DataPrepared | None = None
     model: ModelLoaded | None = None
+    selection: Selected | None = None
     checkpoint_step: int | None = None
     version: int = 0
 
@@ -54,6 +56,8 @@ class History:
                 self.data = event
             case ModelLoaded():
                 self.model = event
+            case Selected():
+                self.selection = event
             case Checkpointed():
                 self.checkpoint_step = event.step
 

@@ -105,6 +105,8 @@ def run_html(run: Run, history: History, heading: str) -> str:
         *score_rows(run, history),
         ("Peak against plan", peak_words(last.peak_bytes if last else None, plan)),
     ]
+    if history.selection is not None and history.selection.gradient_share is not None:
+        rows.append(("Dense gradient computed", format_percent(history.selection.gradient_share)))
     if history.checkpoint_step is not None:
         rows.append(("Checkpoint", f"step {history.checkpoint_step:,}"))
     return cards.key_values(heading, rows)

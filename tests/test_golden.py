@@ -66,9 +66,10 @@ def _spec(settings: dict[str, Any]) -> RunSpec:
     return parse_spec({"model": "golden", "gradient_accumulation": 1, **fields})
 
 
-def _attach(model: LlamaForCausalLM, settings: dict[str, Any], *, functions: bool) -> SparseTuning:
+def _attach(model: LlamaForCausalLM, settings: dict[str, Any], way: str) -> SparseTuning:
     """Attach the method; the SpIEL cases start from given entries instead of a density."""
-    spec = _spec(settings)
+    functions = way != "hook"
+    spec = _spec(settings).model_copy(update={"gradient_way": way} if functions else {})
     if "init" not in settings:
         tuning = attach(model, spec, functions=functions)
         if spec.method in ("sift", "fisher"):
@@ -94,8 +95,8 @@ class Outcome:
     replaced: dict[str, int]
 
 
-def _train(model: LlamaForCausalLM, settings: dict[str, Any], batches: Tensor, *, functions: bool) -> Outcome:
-    tuning = _attach(model, settings, functions=functions)
+def _train(model: LlamaForCausalLM, settings: dict[str, Any], batches: Tensor, *, way: str) -> Outcome:
+    tuning = _attach(model, settings, way)
     accumulation, steps = tuning.spec.gradient_accumulation, settings.get("steps", 20)
     betas = tuple(settings.get("betas", (0.9, 0.999)))
     optimizer = build_optimizer(tuning.entries, tuning.spec, betas=betas, eps=settings.get("eps"))
@@ -157,7 +158,7 @@ def _breaking_ties(choose: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[
     return grow
 
 
-@pytest.mark.parametrize("way", ["hook", "function"])
+@pytest.mark.parametrize("way", ["hook", "dense", "compaction", "sampled"])
 @pytest.mark.parametrize("case", _cases())
 def test_reproduces_golden_trace(
     case: str, way: str, fixture: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
@@ -169,7 +170,7 @@ def test_reproduces_golden_trace(
         if choose is not None:
             monkeypatch.setattr(spiel, "grow_by_momenta", _breaking_ties(choose))
         model = _model(fixture, body["settings"])
-        outcome = _train(model, body["settings"], fixture["batches"], functions=way == "function")
+        outcome = _train(model, body["settings"], fixture["batches"], way=way)
         try:
             _compare(outcome, body, expected)
             return

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, SparseDelta, fingerprint
 from engine.sparse.entries import ActiveEntries
+from engine.sparse.gradients import LinearGradients
 from engine.sparse.hooks import GradientHooks
-from engine.sparse.linear import LinearFunctions
+from engine.sparse.linear import LinearFunctions, plain_linear_weights
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.optimizers import build_optimizer
+from engine.sparse.placing import place_by_magnitude, place_random
 from engine.sparse.probe import GradientProbe
-from engine.sparse.selection import GlobalChoice, index_dtype, select_random_indices
+from engine.sparse.selection import GlobalChoice
 from engine.sparse.sift import GradientSelection
 from engine.sparse.sm3 import SM3
 from engine.sparse.spiel import Schedule, Spiel, SpielMA
@@ -32,7 +34,7 @@ class SparseTuning:
     """
 
     def __init__(
-        self, model: nn.Module, entries: list[ActiveEntries], spec: RunSpec, *, functions: bool = False
+        self, model: nn.Module, entries: list[ActiveEntries], spec: RunSpec, *, functions: bool = True
     ) -> None:
         """Prefer `attach`, which finds the targets and makes the entries.
 
@@ -40,7 +42,7 @@ class SparseTuning:
             model: frozen but for the entries, until `detach`.
             entries: the targets.
             spec: the settings of the method are read.
-            functions: take gradients by `LinearFunctions` also where hooks would do; all targets must be linear layers.
+            functions: take gradients of plain linear layers by `LinearFunctions`; else by hooks wherever these do.
         """
         self.entries = entries
         self.spec = spec
@@ -57,9 +59,12 @@ class SparseTuning:
         self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.requires_grad_(False)
-        by_function = [entry for entry in entries if functions or isinstance(entry.weight, NF4Weight)]
+        by_function = [
+            entry for entry in plain_linear_weights(model, entries) if functions or isinstance(entry.weight, NF4Weight)
+        ]
         by_hook = [entry for entry in entries if entry not in by_function]
-        self._ways = (LinearFunctions(model, by_function, self._take), GradientHooks(by_hook, self._take))
+        self._linear = LinearGradients(by_function, spec.gradient_way, spec.micro_batch_size * spec.sequence_length)
+        self._ways = (LinearFunctions(model, by_function, self._take_factors), GradientHooks(by_hook, self._take))
 
     @property
     def values(self) -> list[nn.Parameter]:
@@ -85,6 +90,12 @@ class SparseTuning:
     def target_numel(self) -> int:
         """Entries of all targets, trained or not."""
         return sum(entry.weight.numel() for entry in self.entries)
+
+    @property
+    def gradient_share(self) -> float:
+        """Multiplications for the gradients of the values, of those for the dense gradients of all targets."""
+        by_function = sum(entry.weight.numel() for entry in self._linear.entries)
+        return 1.0 - (by_function - self._linear.multiplied()) / self.target_numel
 
     @property
     def selecting(self) -> bool:
@@ -152,33 +163,29 @@ class SparseTuning:
             assert isinstance(optimizer, SM3)
             self.spiel = SpielMA(self.entries, optimizer, schedule)
 
-    def place_by_magnitude(self, largest: bool) -> None:
-        """Choose the entries of largest or smallest |weight|: needs no data."""
-        choice = GlobalChoice(self._budget) if self.spec.allocation == "global" else None
-        for entry in self.entries:
-            weight = entry.weight
-            magnitude = (weight.dense() if isinstance(weight, NF4Weight) else weight.detach()).abs().flatten()
-            if choice is not None:
-                choice.add(entry.name, magnitude if largest else -magnitude, magnitude)
-                continue
-            top = magnitude.topk(entry.num_active, largest=largest, sorted=False).indices
-            entry.place(top.sort().values.to(index_dtype(magnitude.numel())))
-        if choice is not None:
-            found = choice.result()
-            for entry in self.entries:
-                entry.place(found[entry.name][0])
+    def _take_factors(self, entry: ActiveEntries, grad_y: Tensor, x: Tensor) -> None:
+        """Take the gradient grad_y.T @ x of a weight: all of it where someone wants it so, else what is wanted."""
+        if self._wants_dense(entry):
+            self._take(entry, self._linear.dense(grad_y, x))
+        elif self._selection is None and entry.indices is not None:
+            wanted = None if self.spiel is None else self.spiel.wanted(entry)
+            gathered, besides = self._linear.gather(entry, wanted, grad_y, x)
+            entry.add_gradient(gathered)
+            if self.spiel is not None and besides is not None:
+                self.spiel.observe_wanted(entry, besides)
 
-    def place_random(self, generator: torch.Generator) -> None:
-        """Choose the entries at random: the control of both papers."""
-        for entry in self.entries:
-            entry.place(select_random_indices(entry.weight.numel(), entry.num_active, generator))
+    def _wants_dense(self, entry: ActiveEntries) -> bool:
+        if self._selection is not None and self._selection.watches(entry):
+            return True
+        if self.spiel is not None and self.spiel.wants_dense(entry):
+            return True
+        return self.probe is not None and entry.indices is not None
 
     def _take(self, entry: ActiveEntries, grad: Tensor) -> None:
         if self._selection is not None:
             self._selection.observe(entry, grad)
         elif entry.indices is not None:  # None: no gradient reached the weight while the entries were chosen
-            gathered = entry.gather(grad)
-            entry.values.grad = gathered if entry.values.grad is None else entry.values.grad.add_(gathered)
+            entry.add_gradient(entry.gather(grad))
         if self.spiel is not None:
             self.spiel.observe(entry, grad)
         if self.probe is not None and entry.indices is not None:
@@ -186,6 +193,7 @@ class SparseTuning:
 
     def end_micro_step(self) -> None:
         """Say that the backward of a micro-batch is over."""
+        self._linear.release()
         selection = self._selection
         if selection is None:
             return
@@ -208,7 +216,7 @@ class SparseTuning:
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs besides the optimizer's states: indices, values, SpIEL's candidates."""
-        state = {} if self.spiel is None else self.spiel.state()
+        state = {**self._linear.state(), **({} if self.spiel is None else self.spiel.state())}
         for entry in self.entries:
             if entry.indices is not None:
                 state[f"{entry.name}.indices"] = entry.indices
@@ -222,6 +230,7 @@ class SparseTuning:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave, and write the values into the weights."""
         self._selection = None
+        self._linear.load_state(state)
         for entry in self.entries:
             if f"{entry.name}.indices" in state:
                 entry.place(state[f"{entry.name}.indices"])
@@ -253,7 +262,11 @@ class SparseTuning:
             parameter.requires_grad_(required)
 
 
+<<<<<<< HEAD
 def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False, without: Collection[str] = ()) -> SparseTuning:
+=======
+def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True) -> SparseTuning:
+>>>>>>> 3b485ef6d0256696c04d194e44788d9c6dfbcd9e
     """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
 
     For `random`, `magnitude` and SpIEL's start the entries are chosen here; for `sift` and `fisher` call
@@ -262,8 +275,12 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False, without:
     Args:
         model: any torch model; tied weights count once.
         spec: `method`, `targets`, `density` or `num_trainable`, and `seed` are read.
+<<<<<<< HEAD
         functions: take gradients by functions also where hooks would do; see `SparseTuning`.
         without: names of parameters that are never targets, such as a classifier's head.
+=======
+        functions: take gradients of plain linear layers by functions; see `SparseTuning`.
+>>>>>>> 3b485ef6d0256696c04d194e44788d9c6dfbcd9e
 
     Raises:
         TargetsError: no parameter matches `spec.targets`.
@@ -275,7 +292,7 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False, without:
     entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]
     tuning = SparseTuning(model, entries, spec, functions=functions)
     if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
-        tuning.place_random(torch.Generator().manual_seed(spec.seed))
+        place_random(entries, torch.Generator().manual_seed(spec.seed))
     elif spec.method == "magnitude":
-        tuning.place_by_magnitude(largest=spec.magnitude == "largest")
+        place_by_magnitude(entries, largest=spec.magnitude == "largest", together=spec.allocation == "global")
     return tuning

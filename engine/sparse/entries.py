@@ -134,6 +134,11 @@ class ActiveEntries:
         """Return the entries of `dense` (shape of the weight) at `indices`, in the dtype of the values."""
         return dense.reshape(-1).index_select(0, self.placed.to(dense.device)).to(self.values)
 
+    def add_gradient(self, gathered: Tensor) -> None:
+        """Add `gathered`, (num_active,), to the gradient of the values."""
+        gathered = gathered.to(self.values)
+        self.values.grad = gathered if self.values.grad is None else self.values.grad.add_(gathered)
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Put round(base + values) into the weight, or let it count from now on.

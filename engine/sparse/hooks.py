@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from engine.sparse.entries import ActiveEntries
-from engine.sparse.linear import GradientSink
+
+GradientSink = Callable[[ActiveEntries, Tensor], None]
 
 
 class GradientHooks:

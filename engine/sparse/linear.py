@@ -1,10 +1,12 @@
-"""The gradient by a function: linear layers whose dense gradient never leaves the backward.
+"""The gradient by a function: linear layers whose weight is outside the graph, and whose dense gradient need not be.
 
-The only way for NF4 weights, which cannot require a gradient; for dense linear layers the same numbers as the hooks.
+The only way for NF4 weights, which cannot require a gradient; for dense linear layers the same numbers as the hooks,
+mostly for less work: where only a few entries of the gradient are wanted, only those are computed (`gradient_ways.py`).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +15,22 @@ from torch.nn import functional
 from engine.sparse.base_weight import NF4Weight
 from engine.sparse.entries import ActiveEntries
 
-GradientSink = Callable[[ActiveEntries, Tensor], None]
+
+class FactorSink(Protocol):
+    """Where the backward of a linear layer leaves what the gradient of its weight is made of."""
+
+    def __call__(self, entry: ActiveEntries, grad_y: Tensor, x: Tensor) -> None:
+        """Take what is wanted of grad_y.T @ x: grad_y (tokens, out), x (tokens, in), both freed afterwards."""
 
 
 def rebuild_weight(entry: ActiveEntries, dtype: torch.dtype) -> Tensor:
     """Return W + D, (out_features, in_features), in `dtype`.
 
-    A dense weight holds its delta already and is returned itself. An NF4 weight is dequantised and the values are added
-    in their own precision; the result lives only as long as the caller keeps it.
+    A dense weight holds its delta already and is returned itself, in another dtype a copy. An NF4 weight is dequantised
+    and the values are added in their own precision; the result lives only as long as the caller keeps it.
     """
     if not isinstance(entry.weight, NF4Weight):
-        return entry.weight.detach()
+        return entry.weight.detach().to(dtype)
     dense = entry.weight.dense().to(dtype)
     if entry.applied:
         changes = [(entry.placed, entry.values.detach())]
@@ -37,18 +44,19 @@ def rebuild_weight(entry: ActiveEntries, dtype: torch.dtype) -> Tensor:
 
 
 class SparseDeltaLinear(torch.autograd.Function):
-    """y = x @ (W + D).T + b, W and b frozen, D nonzero only at the entries.
+    """y = x @ (W + D).T + b, W frozen, D nonzero only at the entries.
 
     Forward:   y    = x @ (W + D).T + b        (..., in) -> (..., out)
     Backward:  dL/dx = g @ (W + D)             g = dL/dy, (..., out)
-               the dense g.T @ x, (out, in), is handed to `sink` and freed: it takes the entries' gradient.
+               dL/db = sum of g over tokens    where b requires a gradient
+               g and x, whose product is the dense gradient, are handed to `sink`: it takes the entries' gradient.
 
     `values` is an argument only so that the backward runs where x needs no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, _values: Tensor, bias: Tensor | None, entry: ActiveEntries, sink: GradientSink | None
+        ctx: Any, x: Tensor, _values: Tensor, bias: Tensor | None, entry: ActiveEntries, sink: FactorSink | None
     ) -> Tensor:
         """Multiply; keeps x alone for the backward."""
         ctx.save_for_backward(x)
@@ -56,26 +64,26 @@ class SparseDeltaLinear(torch.autograd.Function):
         return functional.linear(x, rebuild_weight(entry, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Return the gradient of x; hand the dense gradient of the weight to the sink."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        """Return the gradients of x and the bias; hand the factors of the weight's gradient to the sink."""
         (grad_y,), (x,) = grads, ctx.saved_tensors
         grad_x = grad_y @ rebuild_weight(ctx.entry, x.dtype) if ctx.needs_input_grad[0] else None
+        flat = grad_y.reshape(-1, grad_y.shape[-1])
         if ctx.sink is not None:
-            ctx.sink(ctx.entry, grad_y.flatten(0, -2).T @ x.flatten(0, -2))
-        return grad_x, None, None, None, None
+            ctx.sink(ctx.entry, flat, x.reshape(-1, x.shape[-1]))
+        return grad_x, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
 class LinearFunctions:
     """The forward of linear layers replaced by `SparseDeltaLinear`, until `remove`."""
 
-    def __init__(self, model: nn.Module, entries: Iterable[ActiveEntries], sink: GradientSink | None = None) -> None:
+    def __init__(self, model: nn.Module, entries: Iterable[ActiveEntries], sink: FactorSink | None = None) -> None:
         """Replace the forward of the layers that hold the weights of `entries`.
 
         Args:
             model: whose modules are looked up by the names of the entries.
             entries: weights of linear layers, dense or NF4.
-            sink: called in the backward with the entries and the dense gradient, (out, in) in the dtype of x; None
-                where nothing is trained.
+            sink: called in the backward; None where nothing is trained.
         """
         self._modules = []
         for entry in entries:
@@ -89,10 +97,30 @@ class LinearFunctions:
             del module.forward
 
 
-def _forward(module: nn.Module, entry: ActiveEntries, sink: GradientSink | None) -> Callable[[Tensor], Tensor]:
+def plain_linear_weights(model: nn.Module, entries: Sequence[ActiveEntries]) -> list[ActiveEntries]:
+    """Return those of `entries` that `LinearFunctions` can train: NF4 weights, and those of plain linear layers.
+
+    A weight that several layers share, a subclass with a forward of its own, or a layer whose forward was replaced is
+    left to the hooks, which work wherever a weight is used.
+    """
+    users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    found = []
+    for entry in entries:
+        module = model.get_submodule(entry.name.rpartition(".")[0])
+        plain = type(module) is nn.Linear and entry.weight is module.weight and "forward" not in vars(module)
+        if isinstance(entry.weight, NF4Weight) or (plain and users[id(entry.weight)] == 1):
+            found.append(entry)
+    return found
+
+
+def _forward(module: nn.Module, entry: ActiveEntries, sink: FactorSink | None) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
+        kind = x.device.type
+        available = torch.amp.is_autocast_available(kind)
+        if available and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))  # so that the backward, where autocast is off, has one dtype
         y: Tensor = SparseDeltaLinear.apply(x, entry.values, bias, entry, sink)  # type: ignore[no-untyped-call]
         return y
 

@@ -83,9 +83,13 @@ class GradientSelection:
         """Whether all micro-batches are over."""
         return self._left == 0
 
+    def watches(self, entry: ActiveEntries) -> bool:
+        """Whether the gradient of this weight is wanted."""
+        return entry.name in self._entries
+
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the dense gradient of one weight in one micro-batch."""
-        if entry.name not in self._entries:
+        if not self.watches(entry):
             return
         if self._squared:
             grad = grad.to(entry.values.dtype).square()

@@ -114,8 +114,17 @@ class Spiel(Protocol):
     def begin_step(self, step: int) -> None:
         """Say that the backwards of `step` follow; again where what was done of it came to naught."""
 
+    def wants_dense(self, entry: ActiveEntries) -> bool:
+        """Return whether `observe` needs the dense gradient of this weight now."""
+
+    def wanted(self, entry: ActiveEntries) -> Tensor | None:
+        """Return the positions, besides the active ones, whose gradient is wanted; None where there are none."""
+
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the dense gradient of one weight in one micro-batch."""
+
+    def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
+        """Take in the gradient at the positions that `wanted` gave, in one micro-batch."""
 
     def finite(self) -> bool:
         """Return whether what was seen of the gradient in this step is finite; all backwards are over."""
@@ -144,8 +153,19 @@ class SpielMA:
     def begin_step(self, step: int) -> None:
         """Nothing to prepare."""
 
+    def wants_dense(self, entry: ActiveEntries) -> bool:
+        """No dense gradient is wanted."""
+        return False
+
+    def wanted(self, entry: ActiveEntries) -> Tensor | None:
+        """No other gradient is wanted."""
+        return None
+
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Nothing to watch: the optimizer knows."""
+
+    def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
+        """Nothing to watch either."""
 
     def finite(self) -> bool:
         """Nothing was seen."""

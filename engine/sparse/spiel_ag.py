@@ -91,14 +91,24 @@ class SpielAG:
             for candidates in self.candidates.values():
                 candidates.grad.zero_()
 
+    def wants_dense(self, entry: ActiveEntries) -> bool:
+        """Whether the candidates of this weight are to be chosen from the gradient that comes."""
+        return bool(self._phase_step) and entry.name not in self.candidates and entry.name in self._watched
+
+    def wanted(self, entry: ActiveEntries) -> Tensor | None:
+        """Return the positions of the candidates while a phase lasts."""
+        return self.candidates[entry.name].indices if self._phase_step and entry.name in self.candidates else None
+
+    def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
+        """Add up the gradient of the candidates."""
+        self.candidates[entry.name].grad.add_(grad)
+
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """In a phase, sum the dense gradient (first step) or gather the candidates' entries (later steps)."""
-        if not self._phase_step:
-            return
-        if entry.name in self.candidates:
-            candidates = self.candidates[entry.name]
-            candidates.grad.add_(grad.reshape(-1).index_select(0, candidates.indices))
-        elif entry.name not in self._watched:
+        candidates = self.wanted(entry)
+        if candidates is not None:
+            self.observe_wanted(entry, grad.reshape(-1).index_select(0, candidates))
+        elif not self.wants_dense(entry):
             return
         elif self._micro_steps == 1:
             self._choose_candidates(entry, grad)

@@ -228,7 +228,8 @@ class Trainer:
 
     def _report_selection(self, step: int, replaced: int) -> None:
         density = self.tuning.num_active / self.tuning.target_numel
-        self.emit(Selected(step, self.spec.method, self.tuning.num_active, density, replaced))
+        share = self.tuning.gradient_share if isinstance(self.tuning, SparseTuning) else None
+        self.emit(Selected(step, self.spec.method, self.tuning.num_active, density, replaced, share))
 
     def _probe_due(self, step: int) -> bool:
         interval = 0 if self.spec.method in BASELINES else self.spec.probe_interval

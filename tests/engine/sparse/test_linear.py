@@ -63,12 +63,12 @@ def test_gradient_of_the_function_passes_gradcheck() -> None:
     entry = ActiveEntries("weight", layer.weight, 5)
     entry.place(torch.tensor([0, 3, 7, 12, 20], dtype=torch.int32))
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    taken: list[Tensor] = []
+    taken: list[Tensor] = []  # the dense gradients of the weight
 
     def output(at: Tensor) -> Tensor:
-        return SparseDeltaLinear.apply(at, entry.values, layer.bias, entry, lambda _, grad: taken.append(grad))
+        return SparseDeltaLinear.apply(at, entry.values, layer.bias, entry, lambda _, g, x: taken.append(g.T @ x))
 
-    assert torch.autograd.gradcheck(output, (x,))
+    assert torch.autograd.gradcheck(lambda at, _: output(at), (x, layer.bias))
     taken.clear()
     weights = torch.randn(3, 4, dtype=torch.float64)
     (output(x) * weights).sum().backward()

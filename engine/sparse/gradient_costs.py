@@ -1,0 +1,107 @@
+"""What the parts of a gradient cost on this machine: measured once for a device and dtype, kept in the user's cache.
+
+The figures decide which way is taken to a gradient, so they must be the same when a run is done again or goes on: they
+are read back from the file that they were written to, and a checkpoint holds those of its run. Where there is no file
+to write, and for weights so small that nothing is to be gained, fixed figures stand in.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.sparse.compaction import GradientCosts
+
+# One core of a server CPU, fp32: the proportions are what matters.
+DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
+MEASURED_FROM = 2**18  # entries of the largest weight
+ROUNDS = 7
+
+
+def costs_for(device: torch.device, dtype: torch.dtype, largest: int) -> GradientCosts:
+    """Return the costs on `device` in `dtype` for weights of up to `largest` entries: cached, measured or fixed."""
+    if largest < MEASURED_FROM or device.type not in ("cpu", "cuda"):
+        return DEFAULT_COSTS
+    path = cache_folder() / "gradient_costs.json"
+    key = machine_key(device, dtype)
+    if (known := _read(path).get(key)) is not None:
+        return known
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measured = measure_costs(device, dtype)
+        rows = {name: asdict(costs) for name, costs in {**_read(path), key: measured}.items()}
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError:  # not written, the next run would measure others
+        return DEFAULT_COSTS
+    return _read(path).get(key, DEFAULT_COSTS)  # what another process may have written meanwhile holds for both
+
+
+def cache_folder() -> Path:
+    """Return where this user's measurements lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-tuning"
+
+
+def machine_key(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what the costs depend on, in words: device, dtype, torch and the number of threads."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.node()} {platform.machine()} with {torch.get_num_threads()} threads"
+    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+
+
+def _read(path: Path) -> dict[str, GradientCosts]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {name: GradientCosts(**costs) for name, costs in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
+    """Time the parts on numbers that no cache holds: a fraction of a second on a CPU core, less on a GPU."""
+    tokens, width = (2048, 1024) if device.type == "cpu" else (4096, 8192)
+    x = torch.ones(tokens, width, dtype=dtype, device=device)
+    gathered = torch.arange(0, width, 4, dtype=torch.int32, device=device)
+    few = gathered[::4]
+    small = x[:16, :16].clone()
+    part = x[: tokens // 4, : width // 2].clone()
+    product = torch.empty(width // 2, width // 2, dtype=dtype, device=device)
+    accumulator = torch.promote_types(dtype, torch.float32)
+
+    def sampled() -> Tensor:
+        return (x.index_select(1, few).to(accumulator) * x.index_select(1, few)).sum(0)
+
+    def call() -> Tensor:
+        return torch.mm(small.T, small, out=product[:16, :16])
+
+    return GradientCosts(
+        multiply_s=_seconds(lambda: torch.mm(part.T, part, out=product), device) / (part.shape[0] * product.numel()),
+        gather_s=_seconds(lambda: x.index_select(1, gathered), device) / (tokens * gathered.numel()),
+        sampled_s=_seconds(sampled, device) / (tokens * few.numel()),
+        call_s=_seconds(call, device),
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(ROUNDS + 2):
+        _wait(device)
+        begun = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - begun)
+    return min(times[2:])  # the first ones warm up; what else the machine does only adds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

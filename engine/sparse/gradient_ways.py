@@ -1,0 +1,127 @@
+"""Three exact ways to the gradient of a few entries of a linear layer, behind one function.
+
+dense: the whole g.T @ x, then a gather. compaction: a few small products (`compaction.py`). sampled: one dot product an
+entry, worth it where there are very few. `plan_gradient` chooses the cheapest by costs that are measured once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.sparse.compaction import GradientCosts, Grouping, group_rows
+
+Way = Literal["dense", "compaction", "sampled"]
+SAMPLED_NUMEL = 2**20  # numbers that sampled products gather at once, twice
+GATHERED_NUMEL = 2**20  # numbers that compaction may gather at once for any weight
+
+
+class Workspace:
+    """Memory for products, one buffer a device and dtype, shared by all layers: of the products one lives at a time."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """Return (numel,) of undefined content on the device and in the dtype of `like`, until the next call."""
+        key = like.device, like.dtype
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers.pop(key, None)
+            self._buffers[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:numel]
+
+    def release(self) -> None:
+        """Give the memory back; between two backwards nobody needs it."""
+        self._buffers.clear()
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """How to get the gradient of the entries at `indices`, (n,) flat positions, of a weight of `shape`."""
+
+    way: Way
+    indices: Tensor
+    shape: tuple[int, int]
+    grouping: Grouping | None = None
+
+    @property
+    def multiplied(self) -> int:
+        """Entries of the products that are computed: out * in for the dense one."""
+        if self.way == "dense":
+            return self.shape[0] * self.shape[1]
+        return self.indices.numel() if self.grouping is None else self.grouping.numel
+
+
+def plan_gradient(
+    indices: Tensor, shape: tuple[int, int], tokens: int, costs: GradientCosts, way: Way | Literal["auto"]
+) -> GradientPlan:
+    """Return how to get the gradient of the entries at `indices`: the same arguments give the same plan.
+
+    Args:
+        indices: (n,) flat positions in any order, n >= 1.
+        shape: (out_features, in_features).
+        tokens: of a micro-batch.
+        costs: what `auto` compares; they also decide the groups of `compaction`.
+        way: take this one, or `auto` for the cheapest.
+    """
+    if way == "dense" or way == "sampled":
+        return GradientPlan(way, indices, shape)
+    if indices.is_meta:  # no numbers to go by: the way that takes the most memory
+        return GradientPlan("dense", indices, shape)
+    grouping, grouped_s = group_rows(indices, shape, tokens, costs)
+    if way == "auto":
+        dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
+        sampled_s = costs.call_s + tokens * costs.sampled_s * indices.numel()
+        if min(dense_s, sampled_s) <= grouped_s:
+            return GradientPlan("dense" if dense_s <= sampled_s else "sampled", indices, shape)
+    return GradientPlan("compaction", indices, shape, grouping)
+
+
+def values_gradient(grad_y: Tensor, x: Tensor, plan: GradientPlan, workspace: Workspace) -> Tensor:
+    """Return the entries of grad_y.T @ x at the indices of `plan`, (num_active,), in fp32 (fp64 of fp64).
+
+    Args:
+        grad_y: (tokens, out_features).
+        x: (tokens, in_features), same dtype.
+        plan: of `plan_gradient`.
+        workspace: for the products.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if plan.way == "sampled":
+        return _sampled(grad_y, x, plan, dtype)
+    if plan.grouping is None:
+        return dense_gradient(grad_y, x, workspace).view(-1).index_select(0, plan.indices).to(dtype)
+    return _grouped(grad_y, x, plan.indices, plan.grouping, dtype, workspace)
+
+
+def dense_gradient(grad_y: Tensor, x: Tensor, workspace: Workspace) -> Tensor:
+    """Return grad_y.T @ x, (out_features, in_features), in the workspace: valid until that is used again."""
+    shape = grad_y.shape[1], x.shape[1]
+    return torch.mm(grad_y.T, x, out=workspace.take(shape[0] * shape[1], x).view(shape))
+
+
+def _grouped(
+    grad_y: Tensor, x: Tensor, indices: Tensor, grouping: Grouping, dtype: torch.dtype, workspace: Workspace
+) -> Tensor:
+    """Add up the products of as many tokens at once as may be gathered in the memory of the dense gradient."""
+    products, positions = workspace.take(grouping.numel, x), grouping.positions(indices)
+    allowed = max(GATHERED_NUMEL, grad_y.shape[1] * x.shape[1] - grouping.numel)
+    tokens = max(1, allowed // max(1, grouping.gathered))
+    found = None
+    for left, right in zip(grad_y.split(tokens), x.split(tokens), strict=True):
+        grouping.multiply(left, right, products)
+        part = products.index_select(0, positions).to(dtype)
+        found = part if found is None else found.add_(part)
+    assert found is not None, "a backward without tokens"
+    return found
+
+
+def _sampled(grad_y: Tensor, x: Tensor, plan: GradientPlan, dtype: torch.dtype) -> Tensor:
+    found = []
+    for part in plan.indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
+        left = grad_y.index_select(1, part // plan.shape[1]).to(dtype)
+        right = x.index_select(1, part % plan.shape[1])
+        found.append((left * right).sum(0))
+    return torch.cat(found)

@@ -1,0 +1,92 @@
+"""The gradients of the entries of linear layers: a plan for each weight, made anew whenever its entries change."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.sparse.compaction import GradientCosts
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.gradient_costs import DEFAULT_COSTS, costs_for
+from engine.sparse.gradient_ways import GradientPlan, Way, Workspace, dense_gradient, plan_gradient, values_gradient
+
+COSTS_KEY = "gradient_costs"  # in a checkpoint
+
+
+@dataclass
+class _Planned:
+    """A plan, and the positions that it was made for: those of the entries, and others wanted besides."""
+
+    plan: GradientPlan
+    own: Tensor
+    others: Tensor | None
+
+
+@dataclass
+class LinearGradients:
+    """Takes the gradients of `entries`, weights of linear layers, from the two factors of the dense one.
+
+    `way`: for every weight, or `auto`: the cheapest for each, by the costs of the first weight's device and dtype.
+    `tokens`: of a micro-batch.
+    """
+
+    entries: Sequence[ActiveEntries]
+    way: Way | Literal["auto"]
+    tokens: int
+    _planned: dict[str, _Planned] = field(default_factory=dict)
+    _workspace: Workspace = field(default_factory=Workspace)
+    _costs: GradientCosts = DEFAULT_COSTS
+
+    def __post_init__(self) -> None:
+        """Read or measure the costs that plans are made by, where any are to be made."""
+        if self.entries and self.way in ("auto", "compaction"):
+            first, largest = self.entries[0].weight, max(entry.weight.numel() for entry in self.entries)
+            self._costs = costs_for(first.device, first.dtype, largest)
+
+    def dense(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """Return the dense gradient of a weight, (out_features, in_features): valid until the next gradient.
+
+        Args:
+            grad_y: (tokens, out_features).
+            x: (tokens, in_features).
+        """
+        return dense_gradient(grad_y, x, self._workspace)
+
+    def gather(
+        self, entry: ActiveEntries, others: Tensor | None, grad_y: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of the entries, (num_active,), and of the entries at `others`, (n,) flat positions."""
+        found = values_gradient(grad_y, x, self._plan(entry, others), self._workspace)
+        if others is None:
+            return found, None
+        own, besides = found.split([entry.num_active, others.numel()])
+        return own, besides
+
+    def release(self) -> None:
+        """Give the memory of the products back: a backward is over."""
+        self._workspace.release()
+
+    def multiplied(self) -> int:
+        """Return how many entries of dense gradients the weights whose entries are placed need computed."""
+        return sum(self._plan(entry, None).multiplied for entry in self.entries if entry.indices is not None)
+
+    def _plan(self, entry: ActiveEntries, others: Tensor | None) -> GradientPlan:
+        known = self._planned.get(entry.name)
+        if known is None or known.own is not entry.placed or known.others is not others:
+            indices = entry.placed if others is None else torch.cat((entry.placed, others.to(entry.placed.dtype)))
+            out_features, in_features = entry.weight.shape
+            plan = plan_gradient(indices, (out_features, in_features), self.tokens, self._costs, self.way)
+            known = self._planned[entry.name] = _Planned(plan, entry.placed, others)
+        return known.plan
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what another session needs to make the same plans."""
+        return {COSTS_KEY: torch.tensor(astuple(self._costs), dtype=torch.float64)} if self.entries else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        if COSTS_KEY in state:
+            self._costs = GradientCosts(*state[COSTS_KEY].tolist())
+            self._planned.clear()
