@@ -262,11 +262,7 @@ class SparseTuning:
             parameter.requires_grad_(required)
 
 
-<<<<<<< HEAD
-def attach(model: nn.Module, spec: RunSpec, *, functions: bool = False, without: Collection[str] = ()) -> SparseTuning:
-=======
-def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True) -> SparseTuning:
->>>>>>> 3b485ef6d0256696c04d194e44788d9c6dfbcd9e
+def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True, without: Collection[str] = ()) -> SparseTuning:
     """Make the weights that `spec.targets` names sparsely trainable and freeze all others.
 
     For `random`, `magnitude` and SpIEL's start the entries are chosen here; for `sift` and `fisher` call
@@ -275,12 +271,8 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True) -> Sparse
     Args:
         model: any torch model; tied weights count once.
         spec: `method`, `targets`, `density` or `num_trainable`, and `seed` are read.
-<<<<<<< HEAD
-        functions: take gradients by functions also where hooks would do; see `SparseTuning`.
-        without: names of parameters that are never targets, such as a classifier's head.
-=======
         functions: take gradients of plain linear layers by functions; see `SparseTuning`.
->>>>>>> 3b485ef6d0256696c04d194e44788d9c6dfbcd9e
+        without: names of parameters that are never targets, such as a classifier's head.
 
     Raises:
         TargetsError: no parameter matches `spec.targets`.

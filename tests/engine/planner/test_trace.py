@@ -82,7 +82,6 @@ def test_the_trace_is_a_real_step(family: str, fields: dict[str, Any], folder: A
     assert traced.after_forward.total == pytest.approx(real.after_forward.total, rel=1e-3)
 
 
-<<<<<<< HEAD
 def test_padding_needs_a_mask_and_equal_rows_do_not(folder: Any) -> None:
     spec = _spec(folder("llama"), micro_batch_size=2)
     even, padded = (trace(spec, GPU, padded=padded) for padded in (False, True))
@@ -120,17 +119,9 @@ def test_llama_7b_in_eager_attention_holds_what_the_paper_says(tmp_path: Path) -
     spec = _spec(str(tmp_path), sequence_length=2048, density=0.05, targets="all", attention="eager")
     after = trace(spec, GPU).after_forward.parts
     assert after["saved_activations"] / GIB == pytest.approx(35.72, rel=0.01)  # arXiv:2312.11875, Table 1
-=======
+
+
 @pytest.mark.parametrize("method", ["sift", "spiel-ag"])
 def test_ways_that_hang_on_numbers_take_what_the_trace_says_at_most(method: str, folder: Any) -> None:
     traced, real = _both(_spec(folder("llama"), method=method, gradient_way="compaction"))
     assert real.peak.total <= 1.01 * traced.peak.total
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_trace_is_a_real_step(family: str, method: str, checkpointing: bool, folder: Any) -> None:
-    spec = _spec(folder(family), method=method, gradient_checkpointing=checkpointing)
-    _assert_equal(*_both(spec))
->>>>>>> 3b485ef6d0256696c04d194e44788d9c6dfbcd9e
