@@ -3,6 +3,7 @@
 Safetensors only. Every folder gets a model card.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,12 +28,12 @@ from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_co
 from engine.planner.shape import resolve_model
 from engine.runs import Run, read_events, read_report, read_spec, write_json
 from engine.sparse.base_weight import NF4Weight, base_weights
-from engine.sparse.delta import SparseDelta
+from engine.sparse.delta import DeltaInfo, SparseDelta, read_info, require_base
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.linear import rebuild_weight
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 from engine.train.head import apply_head, read_head
-from engine.train.results import load_base
+from engine.train.results import load_base, merge_result
 from engine.units import format_percent
 
 Kind = Literal["merged", "peft"]
@@ -63,29 +64,33 @@ def export(run: Run, folder: Path, kind: Kind) -> Exported:
 
 
 def merge(run: Run, folder: Path) -> Exported:
-    """Write base + delta as a dense model with its tokenizer, in the dtype that the run computed in.
+    """Write base + result as a dense model with its tokenizer, in the dtype that the run computed in.
 
     An NF4 base is dequantised first. What its users lose who quantise the merged model again is then in `figures`:
-    `requantised_error_max` and `requantised_error_rms`, over all entries of the NF4 weights, and `delta_rms`, the
-    delta over the same entries, to compare with.
+    `requantised_error_max` and `requantised_error_rms`, over all entries of the NF4 weights, and for a sparse delta
+    `delta_rms`, the delta over the same entries, to compare with.
 
     Args:
-        run: with a delta.
+        run: with a result: a delta, an adapter, or all weights.
         folder: new or empty.
 
     Raises:
-        EngineError: the folder is not empty or cannot be written; the delta or the model cannot be loaded.
+        EngineError: the folder is not empty or cannot be written; the result or the model cannot be loaded.
     """
     folder = _require_free(folder)
-    delta = SparseDelta.load(run.delta_path)
-    spec = _spec_as_run(run)
-    quantised = delta.info.quantization == "nf4"
+    info = read_info(run.delta_path)
+    delta = None if info.method in BASELINES else SparseDelta.load(run.delta_path)
+    spec = spec_as_run(run)
+    quantised = info.quantization == "nf4"
     device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
-    model = load_base(spec, device, delta.info.labels)
-    entries = delta.apply(model)
-    head = read_head(run.delta_path)
+    model, head = load_base(spec, device, info.labels), read_head(run.delta_path)
+    if delta is None:
+        require_base(info, {name: weight for name, weight in base_weights(model).items() if name not in head})
+    entries = [] if delta is None else delta.apply(model)
     if quantised:
-        model = _dense(spec, model, entries, delta.info.labels)
+        model = _dense(spec, model, entries, info.labels)
+    if delta is None:
+        model = merge_result(model, run.delta_path)
     apply_head(model, head)
     tokenizer = load_tokenizer(spec)
     figures: dict[str, float] = {}
@@ -93,13 +98,13 @@ def merge(run: Run, folder: Path) -> Exported:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if quantised:
-            figures = _requantised_error(spec, partial, model, delta, device)
-        card = _model_card("merged", spec, delta, read_report(run), figures)
+            figures = _requantised_error(spec, partial, model, info, delta)
+        card = _model_card("merged", spec, info, read_report(run), figures)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Exported("merged", folder, _size(folder), spec.dtype, figures)
 
 
-def _spec_as_run(run: Run) -> RunSpec:
+def spec_as_run(run: Run) -> RunSpec:
     """Return the spec with `auto` resolved to the dtype that the run computed in, wherever that was."""
     spec = read_spec(run)
     loaded = [record.event.dtype for record in read_events(run)[0] if isinstance(record.event, ModelLoaded)]
@@ -126,10 +131,11 @@ def _dense(
 
 
 def _requantised_error(
-    spec: RunSpec, folder: Path, merged: PreTrainedModel, delta: SparseDelta, device: torch.device
+    spec: RunSpec, folder: Path, merged: PreTrainedModel, info: DeltaInfo, delta: SparseDelta | None
 ) -> dict[str, float]:
     """Load the merged model in NF4, as its users would, and compare it with itself."""
-    again = load_base(spec.model_copy(update={"model": str(folder), "model_revision": None}), device, delta.info.labels)
+    device = torch.device(resolve_device(spec.device).name)
+    again = load_base(spec.model_copy(update={"model": str(folder), "model_revision": None}), device, info.labels)
     largest = squares = delta_squares = 0.0
     count = 0
     for name, weight in base_weights(again).items():
@@ -138,42 +144,42 @@ def _requantised_error(
             largest = max(largest, error.abs().max().item())
             squares += error.square().sum(dtype=torch.float64).item()
             count += error.numel()
-            if name in delta.tensors:
+            if delta is not None and name in delta.tensors:
                 delta_squares += delta.tensors[name][1].square().sum(dtype=torch.float64).item()
-    return {
-        "requantised_error_max": largest,
-        "requantised_error_rms": math.sqrt(squares / count),
-        "delta_rms": math.sqrt(delta_squares / count),
-    }
+    figures = {"requantised_error_max": largest, "requantised_error_rms": math.sqrt(squares / count)}
+    return figures if delta is None else {**figures, "delta_rms": math.sqrt(delta_squares / count)}
 
 
 def export_peft(run: Run, folder: Path) -> Exported:
-    """Write the delta as a PEFT adapter, which `PeftModel.from_pretrained` loads over the dense base.
+    """Write the result as a PEFT adapter, which `PeftModel.from_pretrained` loads over the base.
 
-    PEFT rounds each value to the dtype of the base before it adds it, while a run rounds the sum once. `figures` has
-    `share_rounded_otherwise`, the share of the trained entries that differ for that, 0 to 1: 0 in float32.
+    The adapter of lora or ia3 is what PEFT saved. Of a sparse delta PEFT rounds each value to the dtype of the base
+    before it adds it, while a run rounds the sum once: `figures` has `share_rounded_otherwise`, the share of the
+    trained entries that differ for that, 0 to 1; 0 in float32.
 
     Args:
-        run: with a delta over a dense base, of linear layers only.
+        run: of lora or ia3, or with a delta over a dense base, of linear layers only.
         folder: new or empty.
 
     Raises:
-        DeltaError: PEFT has no place for this delta; the sentence offers the merge.
+        DeltaError: PEFT has no place for this result; the sentence offers the merge.
         EngineError: the folder is not empty or cannot be written; the delta or the model cannot be loaded.
     """
     folder = _require_free(folder)
+    info = read_info(run.delta_path)
+    if info.labels is not None:
+        raise DeltaError(
+            f"A PEFT adapter has no place for the head of a classification, which is trained dense. {MERGE_INSTEAD}"
+        )
+    if info.method in BASELINES:
+        return _copy_adapter(run, info, folder)
     delta = SparseDelta.load(run.delta_path)
     if delta.info.quantization == "nf4":
         raise DeltaError(
             "A PEFT adapter of sparse values needs a dense base, and this run has quantization=nf4: PEFT would size "
             f"the adapter by the packed weights. {MERGE_INSTEAD}"
         )
-    if delta.info.labels is not None:
-        raise DeltaError(
-            "A PEFT adapter of sparse values has no place for the head of a classification, which is trained dense. "
-            f"{MERGE_INSTEAD}"
-        )
-    spec = _spec_as_run(run)
+    spec = spec_as_run(run)
     model = load_model(spec, torch.device("cpu"))
     figures = {"share_rounded_otherwise": _rounded_otherwise(delta.apply(model))}
     tensors, sparsity = peft_tensors(delta, model)
@@ -181,9 +187,25 @@ def export_peft(run: Run, folder: Path) -> Exported:
         save_file(tensors, partial / PEFT_WEIGHTS, metadata={"format": "pt"})
         write_json(partial / PEFT_CONFIG, peft_config(spec, delta, sparsity))
         write_json(partial / "delta.json", asdict(delta.info))
-        card = _model_card("peft", spec, delta, read_report(run), figures)
+        card = _model_card("peft", spec, info, read_report(run), figures)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Exported("peft", folder, _size(folder), spec.dtype, figures)
+
+
+def _copy_adapter(run: Run, info: DeltaInfo, folder: Path) -> Exported:
+    """Write the adapter as PEFT saved it, with the base that its users load."""
+    if info.method == "full":
+        raise DeltaError(f"The result of full is whole weights, not an adapter. {MERGE_INSTEAD}")
+    spec = spec_as_run(run)
+    with _filling(folder) as partial:
+        for name in (PEFT_WEIGHTS, "delta.json"):
+            shutil.copyfile(run.delta_path / name, partial / name)
+        config = json.loads((run.delta_path / PEFT_CONFIG).read_text(encoding="utf-8"))
+        base = str(resolve_model(spec.model, spec.model_revision))
+        write_json(partial / PEFT_CONFIG, {**config, "base_model_name_or_path": base, "revision": spec.model_revision})
+        card = _model_card("peft", spec, info, read_report(run), {})
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Exported("peft", folder, _size(folder), spec.dtype)
 
 
 def _rounded_otherwise(entries: list[ActiveEntries]) -> float:
@@ -197,7 +219,7 @@ def _rounded_otherwise(entries: list[ActiveEntries]) -> float:
 
 
 def _model_card(
-    kind: Kind, spec: RunSpec, delta: SparseDelta, report: Mapping[str, Any], figures: Mapping[str, float]
+    kind: Kind, spec: RunSpec, info: DeltaInfo, report: Mapping[str, Any], figures: Mapping[str, float]
 ) -> str:
     """Return README.md: what it is, what it was made from, what it reached on rows held out."""
     base, dataset = (
@@ -209,16 +231,16 @@ def _model_card(
     facts = {
         "Base model": base + (f", revision {spec.model_revision}" if spec.model_revision else ""),
         "Base weights": f"{spec.dtype}, quantization {spec.quantization}",
-        "Method": delta.info.method,
-        "Density": f"{format_percent(delta.info.density)} of the target weights, {delta.num_active:,} entries",
+        "Method": info.method,
+        "Density": f"{format_percent(info.density)} of the entries of the target weights",
         "Dataset": dataset,
         "Steps": report.get("steps", "not reported"),
-        f"Held-out loss per {'row' if delta.info.labels is not None else 'token'}": _figures(report, "evaluation_loss"),
-        **_scores(report, delta),
+        f"Held-out loss per {'row' if info.labels is not None else 'token'}": _figures(report, "evaluation_loss"),
+        **_scores(report, info),
         **{name.replace("_", " ").capitalize(): f"{figure:.3g}" for name, figure in figures.items()},
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    title = f"# {base} tuned by {delta.info.method} on {dataset}"
+    title = f"# {base} tuned by {info.method} on {dataset}"
     return (
         f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{_use(kind, spec).format(base=base)}\n| | |\n|---|---|\n{rows}"
     )
@@ -233,8 +255,8 @@ def _figures(report: Mapping[str, Any], name: str) -> str:
     return ", ".join(f"{side} {'not measured' if each is None else f'{each:.3f}'}" for side, each in sides.items())
 
 
-def _scores(report: Mapping[str, Any], delta: SparseDelta) -> dict[str, str]:
-    if delta.info.labels is None:
+def _scores(report: Mapping[str, Any], info: DeltaInfo) -> dict[str, str]:
+    if info.labels is None:
         return {"Held-out exact match": _figures(report, "exact_match")}
     tuned = (report.get("metrics") or {}).get("tuned", {})
     return {f"Held-out {WORDS.get(name, name)}": f"{figure:.3f}" for name, figure in tuned.items()}

@@ -51,11 +51,32 @@ def _apply(model: PreTrainedModel, folder: Path, head: Collection[str]) -> Switc
         try:
             return _full(model, folder) if info.method == "full" else _adapter(model, folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise DeltaError(
-                f"The {info.method} result in {str(folder)!r} cannot be read ({type(error).__name__}: {error}). "
-                "Train the run again."
-            ) from error
+            raise _unreadable(info.method, folder, error) from error
     return _sparse(model, folder)
+
+
+def merge_result(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return `model`, a dense base, with the lora, ia3 or full result in `folder` merged into its weights.
+
+    Raises:
+        DeltaError: the result cannot be read.
+    """
+    info = read_info(folder)
+    try:
+        if info.method == "full":
+            _full(model, folder)
+            return model
+        adapter: Any = PeftModel.from_pretrained(model, str(folder))
+        merged: PreTrainedModel = adapter.merge_and_unload()
+        return merged
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(info.method, folder, error) from error
+
+
+def _unreadable(method: str, folder: Path, error: Exception) -> DeltaError:
+    return DeltaError(
+        f"The {method} result in {str(folder)!r} cannot be read ({type(error).__name__}: {error}). Train the run again."
+    )
 
 
 def _sparse(model: PreTrainedModel, folder: Path) -> Switch:

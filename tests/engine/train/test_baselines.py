@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from engine.chat import ChatModel
 from engine.errors import DeltaError, InvalidSpecError, TargetsError
+from engine.export import export
 from engine.models import load_model
-from engine.runs import Run, create_run
+from engine.runs import Run, create_run, read_spec
 from engine.sparse.delta import SparseDelta
 from engine.spec import RunSpec
 from engine.spec_io import parse_spec
@@ -116,6 +119,42 @@ def test_adapter_folder_is_what_peft_writes_with_a_word_on_what_it_is(
     assert json.loads((tmp_path / "delta.json").read_text())["method"] == "lora"
     with pytest.raises(DeltaError, match="holds the result of lora, which is no sparse delta"):
         SparseDelta.load(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "dtype", "quantization"), CASES)
+def test_merged_model_computes_what_the_run_computes(
+    spec: Callable[..., RunSpec], tmp_path: Path, method: str, dtype: str, quantization: str
+) -> None:
+    run = create_run(spec(method, dtype=dtype, quantization=quantization, dataset="demo/pirate"))
+    tuned, tuning, _ = _train(read_spec(run))
+    tuning.save_result(run.delta_path)
+    done = export(run, tmp_path / "merged", "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(done.folder)
+    assert loaded.dtype == getattr(torch, dtype)
+    # The merge rounds weight + adapter once to the dtype of the model.
+    torch.testing.assert_close(_logits(loaded), _logits(tuned), atol=1e-5 if dtype == "float32" else 5e-2, rtol=0)
+    assert f"| Method | {method} |" in (done.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_stock_peft_loads_the_exported_adapter_to_the_same_logits(
+    spec: Callable[..., RunSpec], tmp_path: Path, method: str
+) -> None:
+    run = create_run(spec(method, dtype="float32", dataset="demo/pirate"))
+    tuned, tuning, _ = _train(read_spec(run))
+    tuning.save_result(run.delta_path)
+    done = export(run, tmp_path / "adapter", "peft")
+    config = json.loads((done.folder / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
+    torch.testing.assert_close(_logits(PeftModel.from_pretrained(base, done.folder)), _logits(tuned), atol=1e-5, rtol=0)
+
+
+def test_full_has_no_adapter_and_the_merge_is_offered(spec: Callable[..., RunSpec], tmp_path: Path) -> None:
+    run = create_run(spec("full", dataset="demo/pirate"))
+    _train(read_spec(run), steps=1)[1].save_result(run.delta_path)
+    with pytest.raises(DeltaError, match=r"whole weights, not an adapter.*\(--as merged\)"):
+        export(run, tmp_path / "adapter", "peft")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
