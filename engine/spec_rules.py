@@ -65,6 +65,11 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             "allocation must be uniform for spiel-ma, whose accumulators of different weights do not compare, "
             "got 'global'. Use allocation=uniform, or method=spiel-ag."
         )
+    if spec.structure != "free" and spec.allocation == "global":
+        problems["structure"] = (
+            "structure must be free with allocation=global, which ranks single entries over all weights, got "
+            f"{spec.structure!r}. Use structure=free, or allocation=uniform."
+        )
     problems |= _task_problems(spec)
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
