@@ -245,8 +245,8 @@ class RunSpec(BaseModel):
         About(
             "method",
             "Structure",
-            "Which entries may be chosen together. free: any; columns: whole input columns of a weight; rows_x_columns: "
-            "rows times columns. As many entries; their gradient costs next to nothing.",
+            "Which entries may be chosen together. free: any; columns: whole input columns of a weight; "
+            "rows_x_columns: rows times columns. As many entries; their gradient costs next to nothing.",
             methods=("sift", "random", "magnitude", "fisher"),
         ),
     ] = "free"

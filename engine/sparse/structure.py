@@ -5,6 +5,8 @@ g[:, R].T @ x[:, C]. The number of entries stays what was asked for: what is lef
 to the best entries of the next one.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def select_structured_indices(
     def rank(part: Tensor, dim: int) -> Tensor:
         dtype = torch.promote_types(part.dtype, torch.float32)
         norms = torch.linalg.vector_norm(part, norm, dim=dim, dtype=dtype)
-        return norms.argsort(descending=largest, stable=True)
+        order: Tensor = norms.argsort(descending=largest, stable=True)
+        return order
 
     rows = torch.arange(len(matrix), device=scores.device)
     columns = rank(matrix, 0)
@@ -71,7 +74,7 @@ def select_random_structured_indices(
 
 def _height(shape: tuple[int, int], count: int) -> int:
     """Return how many rows to take: the same share of the rows as of the columns, and enough for `count` entries."""
-    share = (count / (shape[0] * shape[1])) ** 0.5
+    share = math.sqrt(count / (shape[0] * shape[1]))
     return min(shape[0], max(round(share * shape[0]), -(-count // shape[1])))
 
 
