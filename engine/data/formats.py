@@ -103,9 +103,11 @@ def recognise(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any
             return RowFormat(kind, found)
     asked = "classification" if spec.task == "classification" else spec.dataset_format
     wanted = "column to train on" if asked == "auto" else f"columns for {asked} rows"
+    labelled = asked == "auto" and find_labelled(columns, rows, {}) is not None
     raise DatasetError(
         f"Dataset {name!r} has no {wanted}: found {', '.join(columns)}. "
-        f"Name them, for example columns={_example(columns, asked)}."
+        f"{'Set task=classification for its labels, or name columns' if labelled else 'Name them'}, for example "
+        f"columns={_example(columns, asked)}."
     )
 
 

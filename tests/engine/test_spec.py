@@ -1,4 +1,6 @@
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -118,4 +120,18 @@ def test_spec_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
 )
 def test_optimizers_and_their_states_that_do_not_go_together_are_said(fields: dict[str, object], sentence: str) -> None:
     with pytest.raises(InvalidSpecError, match=sentence):
+        parse_spec({"model": "demo", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "classification", "dataset_format": "messages"}, "must be one of auto, classification for task="),
+        ({"dataset_format": "classification"}, "for task=causal, got 'classification'"),
+        ({"columns": {"label": "a"}}, "columns must name roles of task=causal, got 'label'"),
+        ({"task": "classification", "columns": {"output": "a"}}, "got 'output'. Use label, text, text_pair, or"),
+    ],
+)
+def test_rows_must_fit_the_task(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidSpecError, match=re.escape(words)):
         parse_spec({"model": "demo", **fields})

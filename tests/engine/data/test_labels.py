@@ -55,6 +55,12 @@ def test_named_columns_are_taken() -> None:
         recognise("x", [*row], [row], _spec())
 
 
+def test_labelled_rows_for_a_causal_run_name_the_task() -> None:
+    row = {"sentence1": "x", "sentence2": "y", "label": 1}
+    with pytest.raises(DatasetError, match=r"Set task=classification for its labels, or name columns, for example"):
+        recognise("x", [*row], [row], RunSpec(model="demo", dataset="x"))
+
+
 def _rows(labels: list[Any], feature: Any = None) -> datasets.Dataset:
     rows = datasets.Dataset.from_dict({"text": ["x"] * len(labels), "label": labels})
     return rows.cast_column("label", feature) if feature else rows

@@ -1,5 +1,6 @@
 """Classification: a head trained dense beside every method, in fp64 where equality is claimed."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ def make(encoder_folder: Path, pairs_folder: Path, tmp_path: Path) -> Make:
         values = {"density": 0.05, "learning_rate": 5e-3, "max_steps": 4, "sequence_length": 32, "probe_interval": 0}
         values |= {"period": 3, "estimation_steps": 2, "weight_decay": 0.1}
         spec = RunSpec(
-            model=str(encoder_folder), dataset=str(pairs_folder), task="classification", **{**values, **fields}
+            model=str(encoder_folder), task="classification", **{**values, "dataset": str(pairs_folder), **fields}
         )
         tokenizer = load_tokenizer(spec)
         data = prepare_data(spec, tokenizer)
@@ -214,3 +215,22 @@ def test_training_learns_the_pairs(make: Make) -> None:
     assert figures.metrics["accuracy"] > 0.8
     assert figures.samples[0].answer.endswith("%")
     assert "|||" in figures.samples[0].question
+
+
+@BERT
+def test_numbers_with_a_fraction_make_a_regression(make: Make, tmp_path: Path) -> None:
+    """As STS-B: one output, squared error over the rows of the step, correlations as figures."""
+    rows = [{"text": "red" if place % 2 else "blue grey", "label": 0.5 + 3 * (place % 2)} for place in range(32)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"dataset": str(tmp_path / "train.jsonl"), "evaluation_fraction": 0.25, "double": False}
+    trainer = make(**fields, max_steps=20, learning_rate=1e-2, micro_batch_size=8, gradient_accumulation=1)
+    batch = step_batches(trainer.data.training, trainer.spec, 1)[0]
+    trainer.model.eval()
+    errors = (_logits(trainer.model, batch)[:, 0] - batch.labels) ** 2
+    loss = batch_loss(trainer.model, batch, 16, CPU)
+    torch.testing.assert_close(loss.double(), errors.sum() / 16, atol=1e-5, rtol=0)
+    trainer.run()
+    figures = trainer.evaluate(0, scored=True)
+    assert isinstance(figures, Evaluated)
+    assert list(figures.metrics) == ["pearson", "spearman"]
+    assert figures.metrics["pearson"] > 0.9
