@@ -10,7 +10,9 @@ from pathlib import Path
 from engine import runs, workers
 from engine.analysis.command import add_commands
 from engine.errors import EngineError
+from engine.hardware import resolve_device
 from engine.plan_text import print_fit, print_plan
+from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
 from engine.planner.plan import make_plan
 from engine.presets import find_spec_file
@@ -72,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (listed, chat, stop, train, export):
         sub.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
     add_commands(commands)
+    probe = add("calibrate", _calibrate, "Measure this computer by a few steps of the demo, so that plans are truer.")
+    probe.add_argument("--device", default="auto", help="as in a spec (default: auto)")
+    probe_worker = add("calibrate-worker", _calibrate_worker, "Used by the program itself: the probe.")
+    probe_worker.add_argument("device")
     add("fields", _fields, "List the fields of a spec with unit, default and meaning.")
     for name in ("worker", "chat-worker"):
         worker = add(name, _worker, "Used by the program itself: train, or chat with, the run in a folder.")
@@ -156,6 +162,22 @@ def _export(options: argparse.Namespace) -> int:
     done = import_module("engine.export").export(run, options.folder, options.kind)
     figures = "".join(f", {name.replace('_', ' ')} {figure:.3g}" for name, figure in done.figures.items())
     print(f"{options.kind} ({done.dtype}): {format_bytes(done.num_bytes)} in {done.folder}{figures}", flush=True)
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    device = resolve_device(options.device)
+    workers.calibrate(options.device)
+    known = read_calibration(device)
+    rate = known.rates[-1]
+    print(f"{device.label}: {format_bytes(known.context_bytes or 0)} before the first tensor")
+    print(f"Libraries beside the tensors: {format_bytes(known.workspace_bytes or 0)}")
+    print(f"{rate.flops_per_s / 1e12:.3g} TFLOP/s in {rate.dtype} on a model {rate.hidden} wide", flush=True)
+    return 0
+
+
+def _calibrate_worker(options: argparse.Namespace) -> int:
+    import_module("engine.train.calibrate").measure(options.device)
     return 0
 
 

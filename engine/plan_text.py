@@ -51,9 +51,9 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
         BudgetError: nothing makes it fit.
     """
     device = plan_device(spec, card)
-    shape = read_shape(spec.model, spec.model_revision)
+    shape = read_shape(spec.model, spec.model_revision, spec.task)
     fit = fit_spec(spec, shape, device) if field is None else _largest_fit(field, spec, shape, device)
-    shape = read_shape(fit.spec.model, fit.spec.model_revision)
+    shape = read_shape(fit.spec.model, fit.spec.model_revision, spec.task)
     plan = with_time(fit.plan, fit.spec, shape, device)
     most = {} if field else {name: largest(name, fit.spec, shape, device) for name in LARGEST_FIELDS}
     if as_json:
@@ -84,7 +84,7 @@ def _largest_fit(field: Field, spec: RunSpec, shape: ModelShape, device: Device)
         raise BudgetError(f"No {about(field).label.lower()} fits with the rest as it is. Use --fit.")
     changes = {field: found} | ({"model_revision": None} if field == "model" else {})
     fitted = spec.model_copy(update=changes)
-    plan = estimate(fitted, read_shape(fitted.model, fitted.model_revision), device)
+    plan = estimate(fitted, read_shape(fitted.model, fitted.model_revision, spec.task), device)
     change = Change(field, about(field).label, getattr(spec, field), found, "the largest that fits")
     return Fit(fitted, plan, (change,))
 

@@ -118,6 +118,23 @@ def start_run(spec: RunSpec) -> Run:
     return run
 
 
+def calibrate(device: str = "auto") -> None:
+    """Measure a device by a few steps of the demo in a process of their own, for later plans; about a minute.
+
+    Args:
+        device: as in a spec.
+
+    Raises:
+        WorkerError: the process failed.
+    """
+    done = subprocess.run(
+        _command("calibrate-worker", device), env=_environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise WorkerError(f"The probe of device {device!r} failed: {last}")
+
+
 def wait_for_end(run: Run, poll_s: float = 0.2) -> RunStatus:
     """Return the status of `run` once its worker is gone."""
     while has_worker(run):

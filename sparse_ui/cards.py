@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.events import RunState, Sample
 from engine.planner.plan import Plan
-from engine.units import GIB, MIB, format_bytes
+from engine.units import GIB, MIB, format_bytes, format_duration
 
 PART_NAMES = {
     "parameters": "Base parameters",
@@ -106,7 +106,7 @@ def plan_card(plan: Plan) -> str:
         f'<span class="soft">peak {format_bytes(plan.peak_bytes)}, between {format_bytes(plan.lower_bytes)} and '
         f"{format_bytes(plan.upper_bytes)} · budget {format_bytes(plan.budget_bytes)}</span></div>"
         f'{stack_bar(parts, scale, 34, plan.budget_bytes)}<div class="st-legend">{legend}</div>'
-        f'<div class="soft">{escape(_peak_words(plan))}</div>'
+        f'<div class="soft">{escape(_peak_words(plan))}</div><div class="soft">{escape(_time_words(plan))}</div>'
     )
 
 
@@ -117,12 +117,40 @@ def _peak_words(plan: Plan) -> str:
     return " ".join([*words, *([plan.note] if plan.note else [])])
 
 
+def _time_words(plan: Plan) -> str:
+    if plan.step_s is None:
+        return plan.rate_note.partition(". ")[0] + "."
+    step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
+    run = "" if plan.run_s is None else f", all {format_duration(plan.run_s)}"
+    return f"A step of full rows takes about {step}{run}."
+
+
 def remedy_line(name: str, saved_bytes: int, cost: str) -> str:
     """Return what a remedy does, what it saves and what it costs."""
     return (
         f'<div class="line"><span>{escape(name[:1].upper() + name[1:])}</span>'
         f'<span class="soft">−{format_bytes(saved_bytes)}, {escape(cost)}</span></div>'
     )
+
+
+def change_list(heading: str, soft: str, changes: Sequence[tuple[str, str, str]]) -> str:
+    """Return changes of a spec under a heading: label, from and to, and what it costs."""
+    lines = "".join(
+        f'<div class="st-kv"><span>{escape(label)}: <b>{escape(words)}</b></span>'
+        f'<span class="soft">{escape(cost)}</span></div>'
+        for label, words, cost in changes
+    )
+    return f'{title(heading, soft)}<div style="margin-top:8px">{lines}</div>'
+
+
+def most_that_fits(figures: Sequence[tuple[str, str]]) -> str:
+    """Return that a run fits as it is, and the most of each field with the rest as it is."""
+    lines = "".join(
+        f'<div class="st-kv"><span class="soft">{escape(label)}</span><span>{escape(figure)}</span></div>'
+        for label, figure in figures
+    )
+    heading = title("Fits as it is", "the most of each, the rest as it is")
+    return f'{heading}<div style="margin-top:8px">{lines}</div>'
 
 
 def fits_map(columns: Sequence[int], rows: Sequence[tuple[int, Sequence[Plan]]], here: tuple[int, int]) -> str:

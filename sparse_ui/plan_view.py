@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.hardware import resolve_device
 from engine.planner.estimate import estimate
-from engine.planner.plan import Plan, Remedy, make_plan
+from engine.planner.fit import LARGEST_FIELDS, fit_spec, largest
+from engine.planner.plan import Plan, Remedy, make_plan, plan_device
 from engine.planner.shape import read_shape
-from engine.spec import RunSpec
+from engine.spec import RunSpec, about
 from engine.units import format_bytes, format_count, format_percent
 from sparse_ui import cards, form
+from sparse_ui.fields import word_of
 from sparse_ui.messages import explain
 
 REMEDY_ROWS = 3
@@ -30,17 +31,18 @@ class PlanView:
     fits: str = ""
 
 
-def view_plan(values: Sequence[Any], output: str) -> PlanView:
+def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     """Return what to show for the values of the form: the plan, or every problem as a sentence.
 
     Args:
         values: in the order of `form.WIDGETS`.
         output: the folder for runs.
+        card: to plan for; empty: this computer.
     """
     try:
         spec = form.read_form(values, output)
-        plan = make_plan(spec)
-        fits = _fits_map(spec, plan)
+        plan = make_plan(spec, card=card or None)
+        fits = _fits_map(spec, plan, card)
     except Exception as error:
         message = explain(error, "the plan")
         return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences))
@@ -48,14 +50,57 @@ def view_plan(values: Sequence[Any], output: str) -> PlanView:
         cards.plan_card(plan),
         tuple(plan.remedies[:REMEDY_ROWS]),
         f"{format_percent(plan.num_active / max(1, plan.target_numel))} · {format_count(plan.num_active)} values",
-        f"{format_bytes(plan.budget_bytes)} of {format_bytes(resolve_device(spec.device).total_bytes)}",
+        f"{format_bytes(plan.budget_bytes)} of {format_bytes(plan_device(spec, card or None).total_bytes)}",
         f"{format_count(plan.num_parameters)} parameters · {format_count(plan.target_numel)} in the trained weights",
         fits,
     )
 
 
-def _fits_map(spec: RunSpec, plan: Plan) -> str:
-    device, shape = resolve_device(spec.device), read_shape(spec.model, spec.model_revision, spec.task)
+@dataclass(frozen=True)
+class FitView:
+    """What the button that fits a run shows: HTML, and the changes of the spec; None where nothing is to be applied."""
+
+    html: str
+    changes: dict[str, Any] | None = None
+
+
+def view_fit(values: Sequence[Any], output: str, card: str = "") -> FitView:
+    """Return the changes that make the form's run fit, as a list, or what is the most that fits where it does.
+
+    Args:
+        values: in the order of `form.WIDGETS`.
+        output: the folder for runs.
+        card: to plan for; empty: this computer.
+    """
+    try:
+        spec = form.read_form(values, output)
+        device, shape = plan_device(spec, card or None), read_shape(spec.model, spec.model_revision, spec.task)
+        fit = fit_spec(spec, shape, device)
+    except Exception as error:
+        return FitView(cards.callout(explain(error, "fitting the run").sentences))
+    if not fit.changes:
+        most = {name: largest(name, spec, shape, device) for name in LARGEST_FIELDS}
+        return FitView(cards.most_that_fits([(about(name).label, _figure(most[name])) for name in LARGEST_FIELDS]))
+    lines = [
+        (change.label, f"{_figure(change.before)} → {_figure(change.after)}", change.cost) for change in fit.changes
+    ]
+    heading = f"{len(lines)} change{'' if len(lines) == 1 else 's'}, then {fit.plan.verdict}"
+    html = cards.change_list(heading, f"peak {format_bytes(fit.plan.peak_bytes)}", lines)
+    return FitView(html, {change.field: change.after for change in fit.changes})
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "none fits"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else word_of(str(value))
+
+
+def _fits_map(spec: RunSpec, plan: Plan, card: str) -> str:
+    device, shape = plan_device(spec, card or None), read_shape(spec.model, spec.model_revision, spec.task)
     first = max(8, spec.sequence_length // 4)
     lengths = sorted({spec.sequence_length, *(first * 2**power for power in range(_LENGTHS))})
     rows = []

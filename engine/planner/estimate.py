@@ -93,7 +93,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total - sum(resident[part] for part in each.without))
-    surroundings = _surroundings(device)
+    surroundings = _surroundings(device, work.spec.method == "lora")
     after = resident | {"saved_activations": after_forward_bytes(work), "transients": 0} | surroundings
     parts = resident | dict.fromkeys(moment.without, 0)
     parts |= {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
@@ -125,10 +125,12 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     )
 
 
-def _surroundings(device: Device) -> dict[str, int]:
-    workspace, context = device.workspace_bytes, device.context_bytes
+def _surroundings(device: Device, adapters: bool) -> dict[str, int]:
+    workspace, context = formulas.workspace_bytes(device.is_cpu, device.sm, adapters=adapters), device.context_bytes
+    if device.workspace_bytes is not None:  # a probe trains no adapters
+        workspace += device.workspace_bytes - formulas.workspace_bytes(device.is_cpu, device.sm)
     return {
-        "workspace": formulas.workspace_bytes(device.is_cpu, device.sm) if workspace is None else workspace,
+        "workspace": workspace,
         "context": formulas.context_bytes(device.is_cpu) if context is None else context,
     }
 

@@ -164,7 +164,7 @@ def largest_model(spec: RunSpec, device: Device) -> str | None:
     shapes = []
     for name in {*bundled_models(), *preset_models()}:
         try:
-            shapes.append((read_shape(name), name))
+            shapes.append((read_shape(name, task=spec.task), name))
         except ModelError:
             continue
     for shape, name in sorted(shapes, key=lambda each: (-each[0].num_parameters, each[1])):

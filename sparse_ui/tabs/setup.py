@@ -10,13 +10,13 @@ from typing import Any, cast
 import gradio as gr
 
 from engine import hardware, presets, workers
-from engine.planner.plan import make_plan, require_fit
+from engine.planner.cards import CARDS
 from engine.spec import METHODS, Method, RunSpec, about
 from engine.units import GIB
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain, guarded
-from sparse_ui.plan_view import REMEDY_ROWS, view_plan
+from sparse_ui.plan_view import REMEDY_ROWS, view_fit, view_plan
 
 # Widgets of the accordions, by the group of their field. The Data tab shows the group `data`.
 _ACCORDIONS = (
@@ -61,8 +61,12 @@ class _PlanCard:
     body: gr.HTML
     remedies: list[tuple[gr.Row, gr.HTML, gr.Button]]
     changes: gr.State
+    plan_for: gr.Dropdown
     start: gr.Button
     fit: gr.Button
+    fitted: gr.HTML
+    apply: gr.Button
+    fit_found: gr.State
     said: gr.HTML
     fits: gr.HTML
 
@@ -125,23 +129,29 @@ def _show_method(method: str) -> list[Any]:
 
 def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any]) -> None:
     shown: list[Any] = [card.body, card.changes, card.fits, main.model_facts, main.density_words, main.budget_words]
-    shown += [card.said, *(part for row, line, _ in card.remedies for part in (row, line))]
+    shown += [card.said, card.fitted, card.apply, *(part for row, line, _ in card.remedies for part in (row, line))]
 
-    def show_plan(*values: Any) -> list[Any]:
-        view = view_plan(values, output)
+    def show_plan(fit: dict[str, Any] | None, chosen: str, *values: Any) -> list[Any]:
+        view = view_plan(values, output, chosen)
         updates: list[Any] = [view.card, [remedy.changes for remedy in view.remedies], view.fits]
         updates.append(f"<span>{escape(view.model_facts)}</span>")
         updates.append(cards.measure(about("density").label, view.density_words))
         updates.append(cards.measure(about("budget_gib").label, view.budget_words))
         updates.append("")  # what Start answered was about other values
+        # Opening an accordion draws fields and so comes here as well; a fit of these very values stays.
+        same = fit is not None and fit["of"] == [chosen, *values]
+        updates += [gr.skip(), gr.skip()] if same else ["", gr.update(visible=False)]
         for remedy in view.remedies:
             updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
         return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
 
-    gr.on([field.change for field in fields], show_plan, fields, shown, trigger_mode="always_last", **QUIET)
+    changes = [field.change for field in (card.plan_for, *fields)]
+    gr.on(changes, show_plan, [card.fit_found, card.plan_for, *fields], shown, trigger_mode="always_last", **QUIET)
     for number, (_, _, button) in enumerate(card.remedies):
         button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
-    card.fit.click(_fit(output), fields, [card.said, *fields], **QUIET)
+    found = [card.fitted, card.apply, card.fit_found]
+    card.fit.click(_fit(output), [card.plan_for, *fields], found, **QUIET)
+    card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
 
 
 def _draw_main(widgets: dict[str, Any]) -> _Main:
@@ -202,8 +212,12 @@ def _draw_accordions(widgets: dict[str, Any]) -> None:
 
 def _draw_plan() -> _PlanCard:
     remedies = []
-    with gr.Column(elem_classes="st-stack"):
+    with gr.Column(elem_classes="st-stack", elem_id="plan-side"):
         with gr.Column(elem_classes="st-card", elem_id="plan-card"):
+            with gr.Row(elem_classes="st-headline"):
+                gr.HTML('<div class="st-headline-words"><span></span><span class="soft">Plan for</span></div>')
+                offered = [("This computer", ""), *((card.name, card.name) for card in CARDS)]
+                plan_for = gr.Dropdown(offered, value="", label="Plan for", show_label=False, elem_id="plan-for")
             body = gr.HTML(elem_id="plan")
             for number in range(REMEDY_ROWS):
                 with gr.Row(elem_classes="st-remedy", visible=False) as row:
@@ -214,9 +228,12 @@ def _draw_plan() -> _PlanCard:
                 start = gr.Button("Start training", variant="primary", elem_id="start")
                 fit = gr.Button("Fit to the budget", elem_id="fit")
             said = gr.HTML(elem_id="start-said", elem_classes="st-said")
+            fitted = gr.HTML(elem_id="fit-list", elem_classes="st-said")
+            apply = gr.Button("Apply these changes", visible=False, size="sm", elem_id="fit-apply")
         with gr.Column(elem_classes="st-card", elem_id="fits-card"):
             fits = gr.HTML()
-    return _PlanCard(body, remedies, gr.State([]), start, fit, said, fits)
+    changes, fit_found = gr.State([]), gr.State(None)
+    return _PlanCard(body, remedies, changes, plan_for, start, fit, fitted, apply, fit_found, said, fits)
 
 
 def _changed(values: Sequence[Any], spec: RunSpec) -> list[Any]:
@@ -234,21 +251,22 @@ def _apply(number: int, output: str) -> Callable[..., list[Any]]:
 
 
 def _fit(output: str) -> Callable[..., list[Any]]:
-    """Return a handler that applies the first remedy again and again until the plan fits."""
+    """Return a handler that lists what would make the run fit, for one click to apply."""
 
-    def fit(*values: Any) -> list[Any]:
-        try:
-            spec = form.read_form(values, output)
-            plan = make_plan(spec)
-            while plan.verdict == "does not fit" and plan.remedies:
-                spec = spec.model_copy(update=plan.remedies[0].changes)
-                plan = make_plan(spec)
-            require_fit(plan)
-        except Exception as error:
-            return [cards.callout(explain(error, "fitting the run").sentences), *[gr.skip()] * len(values)]
-        return ["", *_changed(values, spec)]
+    def fit(chosen: str, *values: Any) -> list[Any]:
+        view = view_fit(values, output, chosen)
+        found = {"of": [chosen, *values], "changes": view.changes}
+        return [view.html, gr.update(visible=view.changes is not None), found]
 
     return fit
+
+
+def _apply_fit(output: str) -> Callable[..., list[Any]]:
+    def apply(fit: dict[str, Any] | None, *values: Any) -> list[Any]:
+        changes = (fit or {}).get("changes") or {}
+        return _changed(values, form.read_form(values, output).model_copy(update=changes))
+
+    return apply
 
 
 def _start(output: str) -> Callable[..., tuple[str, Any]]:
