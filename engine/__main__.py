@@ -67,11 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("run", nargs="?", help="id or folder of a run; default: the newest that has a result")
     stop = add("stop", _stop, "Ask a run to stop after the step it is in, and to save.")
     stop.add_argument("run", help="id or folder of a run")
+    compose = add("compose", _compose, "Add the results of runs over one base: a run to chat with and export.")
+    compose.add_argument("run", nargs="+", help="ids or folders of two runs or more")
+    compose.add_argument("--scales", type=float, nargs="+", help="a factor for each run (default: 1)")
+    compose.add_argument("--evaluate", action="store_true", help="measure the sum on the held-out rows of each run")
     export = add("export", _export, "Write the result of a run as files that other tools load.")
     export.add_argument("run", help="id or folder of a run")
     export.add_argument("folder", type=Path, help="new or empty folder to write into")
     export.add_argument("--as", dest="kind", choices=("merged", "peft"), default="merged", help="default: merged")
-    for sub in (listed, chat, stop, train, export):
+    for sub in (listed, chat, stop, train, export, compose):
         sub.add_argument("--runs", default="runs", metavar="FOLDER", help="where the runs lie (default: runs)")
     add_commands(commands)
     probe = add("calibrate", _calibrate, "Measure this computer by a few steps of the demo, so that plans are truer.")
@@ -154,6 +158,17 @@ def _stop(options: argparse.Namespace) -> int:
         raise EngineError(f"Run {run.id} is not at work: it is {runs.read_status(run).state}.")
     runs.send_request(run, "stop")
     print(f"{run.id} was {workers.wait_for_end(run).state}.", flush=True)
+    return 0
+
+
+def _compose(options: argparse.Namespace) -> int:
+    composition = import_module("engine.composition")
+    sources = [runs.open_run(name, options.runs) for name in options.run]
+    scales = options.scales or [1.0] * len(sources)
+    done = composition.compose(sources, scales, Path(options.runs), evaluate=options.evaluate)
+    for line in composition.sentences(done):
+        print(line, flush=True)
+    print(f"{done.num_active:,} entries in {done.run.path}", flush=True)
     return 0
 
 

@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.runs"),
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.classify", "engine.peft_format"),
-    ("engine.chat", "engine.export", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
+    ("engine.chat", "engine.export", "engine.composition", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
     ("engine.workers",),
     ("engine.analysis",),
     ("engine.progress", "engine.plan_text", "engine.__main__"),
