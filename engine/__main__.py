@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         worker = add(name, _worker, "Used by the program itself: train, or chat with, the run in a folder.")
         worker.add_argument("run", type=Path)
         worker.set_defaults(module="engine.train.worker" if name == "worker" else "engine.chat")
+    tracing = add("trace-worker", _trace_worker, "Used by the program itself: trace the specs that it is asked for.")
+    tracing.set_defaults(module="engine.planner.trace_worker")
     return parser
 
 
@@ -202,6 +204,11 @@ def _fields(_options: argparse.Namespace) -> int:
         default = "required" if field.is_required() else f"default {field.default!r}"
         print(f"{name} ({', '.join(part for part in (item.unit, default) if part)})\n    {item.help}")
     return 0
+
+
+def _trace_worker(options: argparse.Namespace) -> int:
+    status: int = import_module(options.module).main()
+    return status
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from engine.errors import EngineError, RunError, WorkerError
 from engine.hub import hub_online
@@ -55,6 +55,19 @@ def _environment() -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(4 * MIB),
     }
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def child_process(*arguments: str, errors: IO[Any]) -> subprocess.Popen[str]:
+    """Start `python -m engine` with `arguments`; it is spoken to through its pipes and ends when they close."""
+    return subprocess.Popen(
+        _command(*arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        encoding="utf-8",
+        env=_environment(),
+    )
 
 
 def start_worker(run: Run) -> int:
@@ -195,15 +208,7 @@ class ChatProcess:
         self.run = run
         self._lock = threading.Lock()
         self._log = (run.path / "chat.log").open("ab")
-        self._process = subprocess.Popen(
-            _command("chat-worker", str(run.path)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=_environment(),
-        )
+        self._process = child_process("chat-worker", str(run.path), errors=self._log)
 
     @property
     def alive(self) -> bool:

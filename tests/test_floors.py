@@ -12,7 +12,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 # An analysis measures in a worker and speaks in the command line's process.
 ANALYSIS_DATA = ("engine.analysis.look", "engine.analysis.results")
 ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "landscape", "twin", "worker"))
-TRACE_WORKER = ("engine.planner.trace", "engine.planner.storages", "engine.planner.scenario")
+TRACE_WORKER = tuple(
+    f"engine.planner.{name}" for name in ("trace", "trace_worker", "storages", "scenario", "stand_in", "memo")
+)
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [
     ("engine.errors", "engine.units", "engine.events", "engine.targets", "engine.metrics", *ANALYSIS_DATA),
@@ -21,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.classify", "engine.peft_format"),
     ("engine.chat", "engine.export", "engine.composition", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
-    ("engine.workers",),
+    ("engine.workers", "engine.tracer"),
     ("engine.analysis",),
     ("engine.progress", "engine.plan_text", "engine.__main__"),
     ("sparse_ui",),

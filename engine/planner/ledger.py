@@ -110,7 +110,8 @@ class Moment:
 class Figures:
     """What a traced step adds up to, without context; bytes.
 
-    `peak`: the moment of most memory. `after_forward`: the fullest end of a forward, logits told apart. `phases`: the
+    `peak`: the moment of most memory. `after_forward`: the fullest end of a forward, its loss
+    included, logits told apart. `phases`: the
     most in each phase. `host_bytes`: the most in main memory beside a run on a GPU.
     """
 
@@ -175,8 +176,8 @@ def add_up(ledger: Ledger, rounding: int = ROUNDING_BYTES, host_apart: bool = Tr
     after: Moment | None = None
     last = ""
     for phase, span in ledger.spans():
-        if last == FORWARD and phase == LOSS:
-            now = running.moment(FORWARD, ledger.events[span.start - 1] if span.start else 0, merged=False)
+        if last == LOSS and phase == LOSS_BACKWARD:
+            now = running.moment(LOSS, ledger.events[span.start - 1] if span.start else 0, merged=False)
             after = now if after is None or now.total >= after.total else after
         last = phase
         phases[phase] = max(phases[phase], running.total)

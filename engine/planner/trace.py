@@ -34,7 +34,8 @@ from engine.planner.ledger import (
     Ledger,
     add_up,
 )
-from engine.planner.scenario import Scenario, standing_for
+from engine.planner.scenario import Scenario
+from engine.planner.stand_in import standing_for
 from engine.planner.storages import StorageMeter
 from engine.sparse.attach import SparseTuning
 from engine.sparse.base_weight import base_weights, packed_tensors

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, SparseDelta, fingerprint
@@ -59,8 +60,12 @@ class SparseTuning:
         self._fingerprint = fingerprint({entry.name: entry.weight for entry in entries})
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.requires_grad_(False)
+        # The loss in chunks multiplies by the output layer's weight itself, so a forward put in its place never runs.
+        taken = _output_weight(model) if spec.chunked_loss else None
         by_function = [
-            entry for entry in plain_linear_weights(model, entries) if functions or isinstance(entry.weight, NF4Weight)
+            entry
+            for entry in plain_linear_weights(model, entries)
+            if (functions and entry.weight is not taken) or isinstance(entry.weight, NF4Weight)
         ]
         by_hook = [entry for entry in entries if entry not in by_function]
         self._linear = LinearGradients(by_function, spec.gradient_way, spec.micro_batch_size * spec.sequence_length)
@@ -261,6 +266,11 @@ class SparseTuning:
             entry.restore()
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
+
+
+def _output_weight(model: nn.Module) -> object:
+    layer = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return getattr(layer, "weight", None)
 
 
 def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True, without: Collection[str] = ()) -> SparseTuning:

@@ -1,0 +1,164 @@
+"""What the planner says against what is known: `python -m benchmarks.planner TABLE [--json]`.
+
+trace: the trace against the same count over a real step on the CPU, small models of several families.
+sift: Table 1 of arXiv:2312.11875, under the paper's accounting, and beside it the true peak of this program's step.
+spiel: Table 3 of arXiv:2401.16405, the least limit at which its code succeeds.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.published_spiel import cells, least_gib
+from engine.hardware import Device
+from engine.models import load_model
+from engine.planner.ledger import add_up
+from engine.planner.trace import count_real, trace
+from engine.planner.trace_worker import trace_spec
+from engine.spec import RunSpec
+from engine.units import GIB
+
+Row = dict[str, Any]
+CPU = Device("cpu", "CPU", 64 * GIB, 64 * GIB)
+CARD = Device("cuda:0", "a card of 80 GiB", 80 * GIB, 80 * GIB)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, Row] = {
+    "llama": SMALL,
+    "qwen3": {**SMALL, "tie_word_embeddings": True},
+    "gemma3_text": {**SMALL, "sliding_window": 32},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 256},
+    "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+SETTINGS: list[Row] = [
+    {"method": "sift"},
+    {"method": "spiel-ag"},
+    {"method": "spiel-ma"},
+    {"method": "lora"},
+    {"method": "full"},
+    {"method": "sift", "quantization": "nf4"},
+    {"method": "lora", "quantization": "nf4"},
+]
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+# GiB: parameters, gradient, optimizer states, activations without and with checkpointing.
+SIFT_TABLE_1 = {"params": 12.55, "gradient": 0.626, "optimizer": 2.51, "activations": 35.72, "activations, GC": 0.81}
+
+
+def trace_rows() -> Iterator[Row]:
+    """Yield the peak of the trace and of the real step, bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family, config in FAMILIES.items():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+            model.save_pretrained(Path(folder, family))
+            for setting in SETTINGS:
+                for checkpointing in (False, True):
+                    yield _trace_row(family, str(Path(folder, family)), setting, checkpointing)
+
+
+def _trace_row(family: str, folder: str, setting: Row, checkpointing: bool) -> Row:
+    fields: Row = {**setting, "gradient_checkpointing": checkpointing}
+    spec = RunSpec(model=folder, sequence_length=128, density=0.05, gradient_accumulation=1, **fields)
+    real = add_up(count_real(load_model(spec, torch.device("cpu")), spec), 0, host_apart=False)
+    ours = trace(spec, CPU, rounding=0)
+    name = " ".join([family, setting["method"], *(["nf4"] if "quantization" in setting else [])])
+    return _row(name + (", GC" if checkpointing else ""), "bytes", real.peak.total, ours.peak.total)
+
+
+def sift_rows() -> Iterator[Row]:
+    """Yield the true peak, and Table 1 by its accounting: what the forward leaves, bf16 gradients, fp32 states."""
+    found = {}
+    for suffix, checkpointing in (("", False), (", GC", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.for_model("llama", **LLAMA_7B).save_pretrained(folder)
+            spec = RunSpec(
+                model=folder,
+                sequence_length=2048,
+                density=0.05,
+                targets="all",
+                attention="eager",
+                gradient_accumulation=1,
+                gradient_checkpointing=checkpointing,
+            )
+            traced = trace_spec(spec, CARD)
+        parts = traced.figures.after_forward.parts
+        found |= {"params": parts["parameters"], f"activations{suffix}": parts["saved_activations"]}
+        found |= {"gradient": parts["optimizer_states"] // 4, "optimizer": parts["optimizer_states"]}
+        peak = traced.figures.peak
+        yield {"name": f"true peak of a step{suffix}", "unit": "GiB", "ours": peak.total / GIB, "phase": peak.phase}
+        yield {"name": f"reserved at the least limit{suffix}", "unit": "GiB", "ours": traced.minimum_bytes / GIB}
+    for name, published in SIFT_TABLE_1.items():
+        yield _row(name, "GiB", published, found[name] / GIB)
+
+
+def spiel_rows() -> Iterator[Row]:
+    """Yield the 24 cells of Table 3, GiB."""
+    for cell, published in cells():
+        name = f"{cell.size} {cell.method}" + (", GC" if cell.checkpointing else "")
+        yield _row(name, "GiB", published, least_gib(cell))
+
+
+def _row(name: str, unit: str, known: float, ours: float) -> Row:
+    return {"name": name, "unit": unit, "known": known, "ours": ours, "ratio": ours / known}
+
+
+TABLES: dict[str, Callable[[], Iterator[Row]]] = {"trace": trace_rows, "sift": sift_rows, "spiel": spiel_rows}
+
+
+def main() -> None:
+    """Print the tables that are asked for; all by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=TABLES, help="default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object: table -> rows")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    done = {}
+    for name in [options.table] if options.table else TABLES:
+        done[name] = []
+        for row in TABLES[name]():
+            done[name].append(row)
+            if not options.json:
+                print(_line(row), flush=True)
+        if not options.json:
+            _print_error(done[name])
+    if options.json:
+        print(json.dumps(done))
+
+
+def _line(row: Row) -> str:
+    figures = f"{row['ours']:>14,.2f} {row['unit']}"
+    if "known" in row:
+        return f"{row['name']:<36}{row['known']:>14,.2f}{figures}   ratio {row['ratio']:.4f}"
+    return f"{row['name']:<36}{'':>14}{figures}   {row.get('phase', '')}"
+
+
+def _print_error(rows: list[Row]) -> None:
+    errors = [abs(row["ratio"] - 1) for row in rows if "ratio" in row]
+    print(f"mean absolute error {100 * statistics.mean(errors):.2f} percent, largest {100 * max(errors):.2f} percent\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The process that traces: requests come as JSON lines, answers go back as JSON lines. It keeps torch loaded."""
+
+import json
+import sys
+from typing import Any, TextIO
+
+from engine.errors import EngineError
+from engine.hardware import Device
+from engine.planner.allocator import device_events, least_limit_bytes, replay
+from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
+from engine.planner.trace import trace_events
+from engine.planner.traced import Traced, keep, traced
+from engine.spec import RunSpec
+
+
+def main(requests: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> int:
+    """Answer requests until their stream ends; return the process's exit status."""
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    for line in requests:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+    return 0
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    spec, device = RunSpec(**request["spec"]), Device(**request["device"])
+    try:
+        found = traced(spec, device)
+        if found is None:
+            found = trace_spec(spec, device)
+            keep(spec, device, found)
+        return found.to_dict()
+    except EngineError as error:
+        return {"error": str(error)}
+    except Exception as error:  # whatever a model class that nobody tried raises on tensors without numbers
+        return {"error": f"This model cannot be traced ({type(error).__name__}: {error})."}
+
+
+def trace_spec(spec: RunSpec, device: Device) -> Traced:
+    """Trace `spec`, and replay the allocator where the device has one that caches."""
+    ledger = trace_events(spec, device)
+    if device.is_cpu:
+        figures = add_up(ledger, 0, host_apart=False)
+        return Traced(figures, *[figures.peak.total] * 3)
+    return replayed(ledger)
+
+
+def replayed(ledger: Ledger) -> Traced:
+    """Return what a trace for a GPU adds up to, with the allocator's figures."""
+    events = device_events(ledger)
+    reserved = replay(events)
+    least = min(least_limit_bytes(events), reserved.reserved_bytes)  # what is reserved is enough
+    return Traced(add_up(ledger, ROUNDING_BYTES), reserved.allocated_bytes, reserved.reserved_bytes, least)

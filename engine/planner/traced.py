@@ -1,0 +1,131 @@
+"""What traces found, kept on disk by config, the fields of a spec that matter, and library versions. Torch-free.
+
+A trace takes a second and a process that has torch; a plan takes milliseconds. What was traced once is read from here.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from engine.hardware import Device
+from engine.planner import hub_files
+from engine.planner.calibration import calibration_path
+from engine.planner.ledger import Figures
+from engine.planner.shape import resolve_model
+from engine.spec import RunSpec, about
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+# Groups of fields that change nothing of what a step holds, and single fields of other groups.
+_IDLE_GROUPS = frozenset(("data", "training", "evaluation", "run"))
+_IDLE_FIELDS = frozenset(
+    (
+        *("model", "model_revision", "device", "budget_gib", "selection_memory_gib", "lora_alpha"),
+        *("learning_rate", "lr_schedule", "warmup_fraction", "schedule", "initial_rate"),
+    )
+)
+_USED_FIELDS = frozenset(("task", "probe_interval"))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A trace and what the caching allocator makes of it; bytes, CUDA context not counted.
+
+    `allocated_bytes`: the most that is given out, as `torch.cuda.max_memory_allocated` says. `reserved_bytes`: taken
+    from the device where there is room. `minimum_bytes`: the least limit at which the run still succeeds. On the CPU,
+    which has another allocator, all three are the peak of the figures.
+    """
+
+    figures: Figures
+    allocated_bytes: int
+    reserved_bytes: int
+    minimum_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> "Traced":
+        """Return what `to_dict` gave."""
+        return cls(**{**body, "figures": Figures.of(body["figures"])})
+
+
+def traced(spec: RunSpec, device: Device) -> Traced | None:
+    """Return what a trace of `spec` on `device` found, or None where there was none yet.
+
+    Raises:
+        ModelError: the model cannot be found.
+        HubUnreachableError: its config is on the Hub only, and the Hub does not answer.
+    """
+    try:
+        return Traced.of(json.loads(trace_path(spec, device).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(spec: RunSpec, device: Device, found: Traced) -> None:
+    """Write what a trace found, for `traced`; a folder that cannot be written changes nothing."""
+    path = trace_path(spec, device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found.to_dict()), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        return
+
+
+def trace_path(spec: RunSpec, device: Device) -> Path:
+    """Return the file for the trace of `spec` on a device of this kind.
+
+    Raises:
+        ModelError: the model cannot be found.
+        HubUnreachableError: its config is on the Hub only, and the Hub does not answer.
+    """
+    content = {
+        "config": hashlib.sha256(_config_of(spec).read_bytes()).hexdigest(),
+        "spec": _fields_that_matter(spec),
+        "cpu": device.is_cpu,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "engine": _engine_stamp(),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return calibration_path().parent / "traces" / f"{digest[:32]}.json"
+
+
+def _config_of(spec: RunSpec) -> Path:
+    found = resolve_model(spec.model, spec.model_revision)
+    return found / "config.json" if isinstance(found, Path) else hub_files.config_path(found, spec.model_revision)
+
+
+def _fields_that_matter(spec: RunSpec) -> dict[str, Any]:
+    values = spec.model_dump(mode="json")
+    # More micro-batches than two hold as much as two, and a probe is a probe.
+    values["gradient_accumulation"] = min(spec.gradient_accumulation, 2)
+    values["probe_interval"] = min(spec.probe_interval, 1)
+    return {
+        name: value
+        for name, value in values.items()
+        if name in _USED_FIELDS or (about(name).group not in _IDLE_GROUPS and name not in _IDLE_FIELDS)
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+@lru_cache(maxsize=1)
+def _engine_stamp() -> str:
+    """Return a hash of the engine's own code, which the trace runs."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

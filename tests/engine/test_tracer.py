@@ -1,0 +1,74 @@
+"""Traces from a process of their own, kept on disk."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from engine.errors import EngineError
+from engine.hardware import Device
+from engine.planner.traced import trace_path, traced
+from engine.spec import RunSpec
+from engine.tracer import Tracer
+from engine.units import GIB
+
+CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
+CPU = Device("cpu", "CPU", 16 * GIB, 16 * GIB)
+
+
+@pytest.fixture(scope="module")
+def tracer() -> Iterator[Tracer]:
+    asked = Tracer()
+    yield asked
+    asked.close()
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    """A spec of a small model, and an empty folder for what is traced."""
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**sizes, vocab_size=256, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
+    return RunSpec(model=str(tmp_path / "model"), sequence_length=128, gradient_accumulation=2)
+
+
+def test_a_trace_is_asked_for_once_and_kept(spec: RunSpec, tracer: Tracer) -> None:
+    assert traced(spec, CARD) is None
+    found = tracer.trace(spec, CARD)
+    # 36 MiB at most for a model of 0.3 M parameters: the segments of the allocator are that coarse.
+    assert found.figures.peak.total <= found.allocated_bytes <= found.minimum_bytes <= found.reserved_bytes
+    fresh = Tracer()
+    assert fresh.trace(spec, CARD) == traced(spec, CARD) == found
+    fresh.close()
+
+
+def test_a_cpu_has_no_caching_allocator(spec: RunSpec, tracer: Tracer) -> None:
+    found = tracer.trace(spec, CPU)
+    assert found.minimum_bytes == found.reserved_bytes == found.figures.peak.total
+
+
+def test_what_matters_decides_which_trace_it_is(spec: RunSpec) -> None:
+    path = trace_path(spec, CARD)
+    idle = {"learning_rate": 1e-3, "dataset": "demo", "epochs": 2.0, "gradient_accumulation": 7, "seed": 3}
+    assert trace_path(spec.model_copy(update=idle), CARD) == path
+    for field, value in {"density": 0.02, "sequence_length": 256, "method": "lora", "gradient_accumulation": 1}.items():
+        assert trace_path(spec.model_copy(update={field: value}), CARD) != path, field
+    assert trace_path(spec, CPU) != path
+    config = Path(spec.model) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 512}))
+    assert trace_path(spec, CARD) != path
+
+
+def test_a_damaged_file_is_no_trace(spec: RunSpec) -> None:
+    path = trace_path(spec, CARD)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert traced(spec, CARD) is None
+
+
+def test_what_is_wrong_is_said_and_the_process_goes_on(spec: RunSpec, tracer: Tracer) -> None:
+    with pytest.raises(EngineError, match="nothing_like_it"):
+        tracer.trace(spec.model_copy(update={"targets": ("nothing_like_it",)}), CARD)
+    assert tracer.trace(spec, CARD).allocated_bytes > 0
