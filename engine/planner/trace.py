@@ -113,8 +113,8 @@ def traced_spec(spec: RunSpec) -> RunSpec:
         "checkpoint_interval": 0,
         "selection_memory_gib": PLENTY_GIB,
     }
-    if spec.allocation == "global":  # how the entries spread over the weights hangs on trained numbers
-        changes["allocation"] = "uniform"
+    # How entries spread over the weights, and over rows and columns, hangs on trained numbers; their number does not.
+    changes.update(allocation="uniform", structure="free")
     if spec.reselection_period is not None:
         changes.update(reselection_period=RESELECTION, max_steps=RESELECTION + 1)
     if spec.selection_micro_steps is not None:
