@@ -14,11 +14,12 @@ from engine.hardware import resolve_device
 from engine.plan_text import print_fit, print_plan
 from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
-from engine.planner.plan import make_plan
+from engine.planner.plan import make_plan, plan_device
 from engine.presets import find_spec_file
 from engine.progress import chat_in_terminal, follow, print_runs
 from engine.spec import RunSpec, about
 from engine.spec_io import apply_overrides, load_values, parse_spec
+from engine.tracer import trace_once
 from engine.units import format_bytes
 
 
@@ -124,6 +125,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.fit or options.largest:
         return print_fit(spec, options.card, options.largest, as_json=options.json)
     plan = make_plan(spec, card=options.card)
+    if not plan.exact and trace_once(spec, plan_device(spec, options.card)):
+        plan = make_plan(spec, card=options.card)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:

@@ -116,12 +116,38 @@ def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     config = _language_model_alone(spec).get("config") or _load(AutoConfig, spec)
+    return _described(AutoModelForCausalLM, config, spec, device)
+
+
+def describe_classifier(spec: RunSpec, device: torch.device) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return what `load_classifier` would give, on the meta device, with the labels that the config names.
+
+    Args:
+        spec: its model needs a config.json, no weights.
+        device: that the model would be loaded to.
+
+    Raises:
+        ModelError: transformers cannot build it.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    config = _load(AutoConfig, spec)
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    config.problem_type = "single_label_classification"
+    model = _described(AutoModelForSequenceClassification, config, spec, device, HEAD_MODULES)
+    names = [name for name, _ in model.named_parameters()]
+    return model, tuple(name for name in names if not _HEADS.isdisjoint(name.split(".")))
+
+
+def _described(
+    loader: Any, config: Any, spec: RunSpec, device: torch.device, dense: Sequence[str] = ()
+) -> PreTrainedModel:
     dtype = resolve_dtype(spec.dtype, device)
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+        model = loader.from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.tie_weights()  # with the first numbers left out, so is this
     if spec.quantization == "nf4":
-        describe_in_nf4(model, dtype)
+        describe_in_nf4(model, dtype, dense)
     described: PreTrainedModel = model.eval()
     return described
 

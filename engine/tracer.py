@@ -14,6 +14,18 @@ from engine.spec import RunSpec
 from engine.workers import STOP_TIMEOUT_S, child_process
 
 
+def trace_once(spec: RunSpec, device: Device) -> bool:
+    """Trace `spec` in a process that ends with it; return whether that could be done, and the plan reads it."""
+    tracer = Tracer()
+    try:
+        tracer.trace(spec, device)
+    except EngineError:
+        return False
+    finally:
+        tracer.close()
+    return True
+
+
 class Tracer:
     """Traces specs; what was traced before is read from disk, and no process is started for it."""
 

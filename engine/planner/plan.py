@@ -9,6 +9,7 @@ from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
 from engine.planner.shape import ModelShape, read_shape
+from engine.planner.traced_plan import with_trace
 from engine.planner.workload import dtype_of
 from engine.spec import RunSpec
 from engine.units import format_bytes
@@ -43,6 +44,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan of `spec` on this computer or a card, in milliseconds once the model's shape was read.
 
+    Of a family that the closed forms do not know, the figures are those of a trace where there was one.
+
     Args:
         spec: what is asked.
         with_remedies: whether to look for what would make it fit; some twenty plans more.
@@ -60,7 +63,9 @@ def make_plan(
     if longest_row is not None:
         spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, longest_row)})
     plan = with_time(estimate(spec, shape, device), spec, shape, device)
-    return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
+    if with_remedies:
+        plan = replace(plan, remedies=find_remedies(spec, shape, device, plan))
+    return plan if shape.exact else with_trace(plan, spec, device)
 
 
 def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> Plan:

@@ -6,7 +6,7 @@ which chooses entries where the method does, of at most two micro-batches each: 
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.data.batches import PreparedData
+from engine.data.classification import LabelledExample, LabelledExamples
 from engine.data.examples import Example, Examples
+from engine.data.labels import Labels
 from engine.events import DataPrepared
 from engine.hardware import Device
-from engine.models import describe_model
+from engine.models import describe_classifier, describe_model
 from engine.planner.ledger import (
     BACKWARD,
     FORWARD,
@@ -42,6 +44,7 @@ from engine.sparse.base_weight import base_weights, packed_tensors
 from engine.sparse.spiel_ag import SpielAG
 from engine.spec import SPIEL_METHODS, RunSpec
 from engine.targets import num_active_of
+from engine.train.head import HeadedTuning
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning, start_tuning
@@ -71,27 +74,33 @@ def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding
 def trace_events(spec: RunSpec, device: Device, *, padded: bool | None = None) -> Ledger:
     """Return the life of every storage of a run of `spec` on `device`; see `trace`."""
     spec = traced_spec(spec)
-    model = describe_model(spec, torch.device("cpu" if device.is_cpu else "cuda"))
+    target = torch.device("cpu" if device.is_cpu else "cuda")
+    model, head = (
+        describe_classifier(spec, target) if spec.task == "classification" else (describe_model(spec, target), ())
+    )
     scenario = Scenario(2 * _most_active(model, spec), on_cpu=device.is_cpu)
     meter = StorageMeter(scenario, workspaces=not device.is_cpu)
     with standing_for(device.is_cpu):
-        record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded))
+        record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded), head)
     if spec.offload_states and not device.is_cpu:
         meter.ledger.move("optimizer_states", HOST)
     return meter.ledger
 
 
-def count_real(model: PreTrainedModel, spec: RunSpec, *, padded: bool | None = None) -> Ledger:
+def count_real(
+    model: PreTrainedModel, spec: RunSpec, *, padded: bool | None = None, head: Sequence[str] = ()
+) -> Ledger:
     """Return the life of every storage of a short run of `spec` with a real model; twin of `trace_events`.
 
     Args:
         model: of `load_model`, on the CPU; it is trained.
         spec: as for `trace`; the device is the CPU.
         padded: as for `trace`.
+        head: names of the parameters of a classifier's head.
     """
     spec = traced_spec(spec)
     meter = StorageMeter()
-    record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded))
+    record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded), head)
     return meter.ledger
 
 
@@ -104,8 +113,8 @@ def traced_spec(spec: RunSpec) -> RunSpec:
         "checkpoint_interval": 0,
         "selection_memory_gib": PLENTY_GIB,
     }
-    if spec.allocation == "global":  # how the entries spread over the weights hangs on trained numbers
-        changes["allocation"] = "uniform"
+    # How entries spread over the weights, and over rows and columns, hangs on trained numbers; their number does not.
+    changes.update(allocation="uniform", structure="free")
     if spec.reselection_period is not None:
         changes.update(reselection_period=RESELECTION, max_steps=RESELECTION + 1)
     if spec.selection_micro_steps is not None:
@@ -115,18 +124,25 @@ def traced_spec(spec: RunSpec) -> RunSpec:
     return spec.model_copy(update=changes)
 
 
-def rows(spec: RunSpec, padded: bool) -> Examples:
+def rows(spec: RunSpec, padded: bool) -> Examples | LabelledExamples:
     """Return the rows of one optimizer step, all tokens labelled; padded: every second is shorter by half."""
-    examples = Examples()
+    examples, labelled = Examples(), LabelledExamples()
     for number in range(spec.micro_batch_size * spec.gradient_accumulation):
         length = spec.sequence_length // 2 if padded and number % 2 else spec.sequence_length
         ids = np.ones(length, np.int32)
         examples.append(Example(ids, ids))
-    return examples
+        labelled.append(LabelledExample(ids, np.zeros(0, np.uint8), 0.0))
+    return labelled if spec.task == "classification" else examples
 
 
-def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training: Examples) -> None:
-    """Train `model` as a run of `spec` does, over `training`, and let `meter` count."""
+def record(
+    model: PreTrainedModel,
+    spec: RunSpec,
+    meter: StorageMeter,
+    training: Examples | LabelledExamples,
+    head: Sequence[str] = (),
+) -> None:
+    """Train `model` as a run of `spec` does, over `training`, and let `meter` count; `head`: that of a classifier."""
     for parameter in model.parameters():
         for part in packed_tensors(parameter):
             meter.adopt(part, "parameters")
@@ -134,7 +150,9 @@ def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training:
         meter.adopt(buffer, "parameters")
     with _no_garbage():
         with meter:
-            tuning = start_tuning(model, spec)
+            tuning = start_tuning(model, spec, head)
+            if spec.task == "classification":
+                tuning = HeadedTuning(tuning, model, head, _names(model), spec)
             optimizer = tuning.make_optimizer()
             trainer = _trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
@@ -148,10 +166,15 @@ def record(model: PreTrainedModel, spec: RunSpec, meter: StorageMeter, training:
 
 
 def _trainer(
-    model: PreTrainedModel, spec: RunSpec, tuning: Tuning, optimizer: torch.optim.Optimizer, training: Examples
+    model: PreTrainedModel,
+    spec: RunSpec,
+    tuning: Tuning,
+    optimizer: torch.optim.Optimizer,
+    training: Examples | LabelledExamples,
 ) -> Trainer:
     summary = DataPrepared("", {}, "", len(training), len(training), 0, {}, training.tokens, training.labelled_tokens)
-    data = PreparedData(training, Examples(), [], summary)
+    labels = Labels(_names(model)) if spec.task == "classification" else None
+    data = PreparedData(training, Examples(), [], summary, labels)
     unused: Any = None
     return Trainer(
         spec,
@@ -165,6 +188,10 @@ def _trainer(
         lambda _: None,
         MemoryMeter(torch.device("cpu")),
     )
+
+
+def _names(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(model.config.num_labels or 0))
 
 
 class _Uninterrupted:
@@ -249,8 +276,9 @@ class _Labels:
             for tensor in state.values():
                 if isinstance(tensor, Tensor):
                     yield "optimizer_states", tensor
-        if isinstance(self._tuning, SparseTuning):
-            for entry in self._tuning.entries:
+        inner = self._tuning.inner if isinstance(self._tuning, HeadedTuning) else self._tuning
+        if isinstance(inner, SparseTuning):
+            for entry in inner.entries:
                 if entry.indices is not None:
                     yield "indices", entry.indices
                 if entry.base is not None:

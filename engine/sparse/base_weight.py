@@ -79,12 +79,12 @@ def nf4_config(dtype: torch.dtype, dense: Sequence[str] = ()) -> Any:
     )
 
 
-def describe_in_nf4(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+def describe_in_nf4(model: "PreTrainedModel", dtype: torch.dtype, dense: Sequence[str] = ()) -> None:
     """Turn the linear layers of a model on the meta device into those that `nf4_config` loads, sizes and no numbers."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantizer = AutoHfQuantizer.from_config(nf4_config(dtype))
+    quantizer = AutoHfQuantizer.from_config(nf4_config(dtype, dense))
     quantizer.preprocess_model(model, device_map=None)
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -9,9 +9,10 @@ from transformers import LlamaConfig
 
 from engine.errors import EngineError
 from engine.hardware import Device
+from engine.planner.plan import make_plan, plan_device
 from engine.planner.traced import trace_path, traced
 from engine.spec import RunSpec
-from engine.tracer import Tracer
+from engine.tracer import Tracer, trace_once
 from engine.units import GIB
 
 CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
@@ -72,3 +73,22 @@ def test_what_is_wrong_is_said_and_the_process_goes_on(spec: RunSpec, tracer: Tr
     with pytest.raises(EngineError, match="nothing_like_it"):
         tracer.trace(spec.model_copy(update={"targets": ("nothing_like_it",)}), CARD)
     assert tracer.trace(spec, CARD).allocated_bytes > 0
+
+
+def test_the_plan_of_an_unknown_family_reads_its_trace(spec: RunSpec) -> None:
+    config = Path(spec.model) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "olmo2"}))
+    small = spec.model_copy(update={"device": "cpu"})
+    guessed = make_plan(small)
+    assert not guessed.exact
+    assert trace_once(small, plan_device(small))
+    plan = make_plan(small)
+    assert "trace" in plan.note
+    assert sum(plan.parts.values()) == plan.peak_bytes
+    assert plan.lower_bytes <= plan.peak_bytes <= plan.upper_bytes
+    assert plan.upper_bytes - plan.lower_bytes < guessed.upper_bytes - guessed.lower_bytes
+    assert set(plan.parts) == set(plan.parts_after_forward) == set(guessed.parts)
+
+
+def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
+    assert not trace_once(spec.model_copy(update={"targets": ("nothing_like_it",)}), CARD)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine.hardware import Device
-from engine.models import load_model
+from engine.models import load_classifier, load_model
 from engine.planner.ledger import Figures, add_up
 from engine.planner.trace import count_real, trace
 from engine.spec import RunSpec
@@ -80,6 +80,19 @@ def test_the_trace_is_a_real_step(family: str, fields: dict[str, Any], folder: A
         assert traced.peak.parts[part] == pytest.approx(num_bytes, abs=1e-3 * real.peak.total), part
     assert (traced.peak.phase, traced.peak.operation) == (real.peak.phase, real.peak.operation)
     assert traced.after_forward.total == pytest.approx(real.after_forward.total, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sift", "lora"])
+def test_the_trace_of_a_classifier_is_a_real_step(method: str, tmp_path: Path) -> None:
+    sizes = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    config = AutoConfig.for_model("bert", **sizes, num_attention_heads=4)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    spec = _spec(str(tmp_path), method=method, task="classification", micro_batch_size=4, gradient_checkpointing=True)
+    model, head = load_classifier(spec, torch.device("cpu"), ("no", "yes"))
+    real = add_up(count_real(model, spec, head=head), 0, host_apart=False)
+    traced = trace(spec, CPU, rounding=0)
+    assert traced.peak.total == pytest.approx(real.peak.total, rel=1e-3)
+    assert (traced.peak.phase, traced.peak.operation) == (real.peak.phase, real.peak.operation)
 
 
 def test_padding_needs_a_mask_and_equal_rows_do_not(folder: Any) -> None:
