@@ -6,7 +6,7 @@ import torch
 
 from engine.sparse.base_weight import NF4Weight
 from engine.sparse.entries import ActiveEntries
-from engine.sparse.selection import GlobalChoice, index_dtype, select_random_indices
+from engine.sparse.selection import GlobalChoice, index_dtype, largest_places, select_random_indices
 
 
 def place_random(entries: Sequence[ActiveEntries], generator: torch.Generator) -> None:
@@ -24,7 +24,7 @@ def place_by_magnitude(entries: Sequence[ActiveEntries], *, largest: bool, toget
         if choice is not None:
             choice.add(entry.name, magnitude if largest else -magnitude, magnitude)
             continue
-        top = magnitude.topk(entry.num_active, largest=largest, sorted=False).indices
+        top = largest_places(magnitude if largest else -magnitude, entry.num_active)
         entry.place(top.sort().values.to(index_dtype(magnitude.numel())))
     if choice is not None:
         found = choice.result()

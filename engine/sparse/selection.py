@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXACT_NUMEL = 2**16  # above this, shares are read off a threshold that a sample gives
+EXACT_NUMEL = 2**16  # above this, a sample of as many gives a threshold
+MOST_SAMPLED = 0.2  # of a larger share, a threshold leaves too many entries to be faster
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -42,8 +43,25 @@ def select_topk_indices(scores: Tensor, count: int) -> Tensor:
         raise ValueError(f"count must be in [1, {scores.numel()}], got {count}")
     if torch.isnan(scores).any():
         raise ValueError("scores contain NaN")
-    top = scores.flatten().abs().topk(count, sorted=False).indices
-    return top.sort().values.to(index_dtype(scores.numel()))
+    return largest_places(scores.flatten().abs(), count).sort().values.to(index_dtype(scores.numel()))
+
+
+def largest_places(scores: Tensor, count: int) -> Tensor:
+    """Return the places, (count,) int64, of the `count` largest entries of `scores`, (numel,) without NaN; unsorted.
+
+    Exact. On the CPU a threshold from a sample leaves few entries for `topk`, which takes 16 bytes of each that it
+    looks at: several times faster for a few percent of many. The sample's rank lies four deviations below what is
+    wanted; where fewer entries than `count` are left all the same, `topk` looks at all of them.
+    """
+    numel = scores.numel()
+    if scores.device.type == "cpu" and numel > EXACT_NUMEL and count <= MOST_SAMPLED * numel:
+        sample = scores[:: numel // EXACT_NUMEL | 1]  # odd: a power of two would see the same columns of every row
+        wanted = count * sample.numel() / numel
+        threshold = sample.topk(min(sample.numel(), int(wanted + 4 * wanted**0.5 + 8))).values[-1]
+        above = (scores >= threshold).nonzero().flatten()
+        if above.numel() >= count:
+            return above[scores[above].topk(count, sorted=False).indices]
+    return scores.topk(count, sorted=False).indices
 
 
 def select_random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:

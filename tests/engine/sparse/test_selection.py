@@ -25,6 +25,25 @@ def test_topk_indices_are_sorted_unique_and_the_largest(shape: tuple[int, ...], 
     assert magnitudes[chosen].min() >= magnitudes[~chosen].max()
 
 
+@pytest.mark.parametrize("shape", [(512, 256), (300, 257)])
+@pytest.mark.parametrize("kind", ["spread", "clustered", "few values", "flat", "bfloat16"])
+def test_topk_of_large_tensors_is_exact_whatever_their_sample_says(shape: tuple[int, int], kind: str) -> None:
+    scores = torch.randn(shape)
+    if kind == "clustered":
+        scores[:, 3] *= 1e4
+    elif kind == "few values":
+        scores = scores.round()
+    elif kind == "flat":
+        scores = torch.ones(shape)
+    elif kind == "bfloat16":
+        scores = scores.bfloat16()
+    for count in (1, 500, scores.numel() // 20, scores.numel() // 2):
+        indices = select_topk_indices(scores, count)
+        assert torch.equal(indices, indices.unique())
+        sizes = scores.flatten().abs()
+        assert torch.equal(sizes[indices.long()].sort().values, sizes.topk(count).values.sort().values)
+
+
 @pytest.mark.parametrize("count", [4, 30, 200, 1000])
 @pytest.mark.parametrize("seed", range(3))
 def test_global_choice_is_the_top_over_all_tensors_and_leaves_none_out(count: int, seed: int) -> None:
