@@ -40,6 +40,7 @@ OptimizerName = Literal[
     "rprop",
     "asgd",
 ]
+Structure = Literal["free", "columns", "rows_x_columns"]
 Role = Literal["instruction", "input", "output", "system", "messages", "text", "text_pair", "label"]
 
 _DENSITY = "Trained share of the entries of each target weight, for the sparse methods; lora, ia3 and full have none."
@@ -239,6 +240,16 @@ class RunSpec(BaseModel):
             detail=True,
         ),
     ] = "uniform"
+    structure: Annotated[
+        Structure,
+        About(
+            "method",
+            "Structure",
+            "Which entries may be chosen together. free: any; columns: whole input columns of a weight; "
+            "rows_x_columns: rows times columns. As many entries; their gradient costs next to nothing.",
+            methods=("sift", "random", "magnitude", "fisher"),
+        ),
+    ] = "free"
     magnitude: Annotated[
         Literal["largest", "smallest"],
         About(

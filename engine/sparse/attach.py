@@ -130,6 +130,7 @@ class SparseTuning:
             keep_gradient=keep_gradient,
             squared=self.spec.method == "fisher",
             choice=self._choice,
+            structure=self.spec.structure,
         )
         self._last_pass = watched[-1] is self.entries[-1]
 
@@ -284,7 +285,8 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True, without: 
     entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]
     tuning = SparseTuning(model, entries, spec, functions=functions)
     if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
-        place_random(entries, torch.Generator().manual_seed(spec.seed))
+        structure = spec.structure if spec.method == "random" else "free"
+        place_random(entries, structure, torch.Generator().manual_seed(spec.seed))
     elif spec.method == "magnitude":
-        place_by_magnitude(entries, largest=spec.magnitude == "largest", together=spec.allocation == "global")
+        place_by_magnitude(entries, spec)
     return tuning

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import GlobalChoice, all_finite, select_topk_indices
+from engine.sparse.structure import select_structured_indices
+from engine.spec import Structure
 
 Place = Callable[[ActiveEntries, Tensor], None]
 
@@ -57,6 +59,7 @@ class GradientSelection:
         keep_gradient: bool = True,
         squared: bool = False,
         choice: GlobalChoice | None = None,
+        structure: Structure = "free",
     ) -> None:
         """Begin to watch.
 
@@ -67,6 +70,7 @@ class GradientSelection:
             keep_gradient: whether the chosen entries' gradient becomes `values.grad` for the coming update.
             squared: choose by the sum of squared gradients; nothing is kept for an update then.
             choice: one budget over all weights instead of one for each; `finish` places them.
+            structure: which entries of a weight may be chosen together; `free` with `choice`.
         """
         self._entries = {entry.name: entry for entry in entries}
         self._left = micro_steps
@@ -74,6 +78,7 @@ class GradientSelection:
         self._keep = keep_gradient and not squared
         self._squared = squared
         self._choice = choice
+        self._structure: Structure = structure
         self._sums: dict[str, Tensor] | None = {} if micro_steps > 1 else None
         self.overflowed = False
         """Whether a gradient was not finite: what was chosen by it, if anything, is of no use."""
@@ -123,8 +128,13 @@ class GradientSelection:
         elif self._choice is not None:
             self._choice.add(entry.name, grad.abs(), grad)
         else:
-            self._place(entry, select_topk_indices(grad, entry.num_active))
+            self._place(entry, self._best(grad, entry.num_active))
             self._take_gradient(entry, entry.gather(grad))
+
+    def _best(self, scores: Tensor, count: int) -> Tensor:
+        if self._structure == "free":
+            return select_topk_indices(scores, count)
+        return select_structured_indices(scores, count, self._structure, norm=1.0 if self._squared else 2.0)
 
     def _take_gradient(self, entry: ActiveEntries, grad: Tensor) -> None:
         if self._keep:
