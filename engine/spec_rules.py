@@ -71,6 +71,11 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             f"{spec.structure!r}. Use structure=free, or allocation=uniform."
         )
     problems |= _task_problems(spec)
+    if spec.structure != "free" and spec.allocation == "global":
+        problems["structure"] = (
+            "structure must be free with allocation=global, which ranks single entries over all weights, got "
+            f"{spec.structure!r}. Use structure=free, or allocation=uniform."
+        )
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
             f"estimation_steps must be at most period, got {spec.estimation_steps} and {spec.period}. Raise period."

@@ -295,9 +295,8 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True, without: 
     entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]
     tuning = SparseTuning(model, entries, spec, functions=functions)
     if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
-        place_random(
-            entries, spec.structure if spec.method == "random" else "free", torch.Generator().manual_seed(spec.seed)
-        )
+        structure = spec.structure if spec.method == "random" else "free"
+        place_random(entries, structure, torch.Generator().manual_seed(spec.seed))
     elif spec.method == "magnitude":
         place_by_magnitude(entries, spec)
     return tuning

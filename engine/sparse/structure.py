@@ -35,9 +35,8 @@ def select_structured_indices(
 
     def rank(part: Tensor, dim: int) -> Tensor:
         dtype = torch.promote_types(part.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(part, norm, dim=dim, dtype=dtype)
-        order: Tensor = norms.argsort(descending=largest, stable=True)
-        return order
+        norms: Tensor = torch.linalg.vector_norm(part, norm, dim=dim, dtype=dtype)
+        return norms.argsort(descending=largest, stable=True)
 
     rows = torch.arange(len(matrix), device=scores.device)
     columns = rank(matrix, 0)
