@@ -1,6 +1,6 @@
 """Every method and baseline at the same number of trained parameters: `python -m benchmarks.methods`.
 
-Held-out loss, and exact match where the data has answers, as mean and spread over three seeds. LoRA's rank 1 sets the
+Held-out loss, and exact match where the data has answers, as mean and largest distance from it over three seeds. LoRA's rank 1 sets the
 number of trained parameters; IA3 has fewer, and full all, whatever is asked.
 
 The learning rate of each method is searched first, with one seed, over the same grid around a centre that its family
@@ -24,7 +24,9 @@ from engine.spec_io import apply_overrides, load_values, parse_spec
 
 SEEDS = 3
 SPARSE = ("sift", "random", "magnitude", "fisher", "spiel-ag", "spiel-ma")
-METHODS = (*SPARSE, "lora", "ia3", "full")
+# Both also with one budget over all weights instead of the same density in each.
+ONE_BUDGET = {"sift, one budget": "sift", "spiel-ag, one budget": "spiel-ag"}
+METHODS = (*SPARSE, *ONE_BUDGET, "lora", "ia3", "full")
 # Where the search begins. SM3 wants higher rates than Adam (arXiv:2401.16405, appendix D), and so do adapters; full
 # wants lower ones.
 CENTRES = {"spiel-ma": 0.02, "lora": 0.005, "ia3": 0.01, "full": 0.001}
@@ -46,8 +48,10 @@ SETTINGS = {
 
 def fields_of(method: str, trained: int) -> dict[str, Any]:
     """Return the settings of `method` at `trained` parameters, as far as it lets one choose."""
-    fields: dict[str, Any] = {"method": method, **SETTINGS}
-    if method in SPARSE:
+    fields: dict[str, Any] = {"method": ONE_BUDGET.get(method, method), **SETTINGS}
+    if method in ONE_BUDGET:
+        fields["allocation"] = "global"
+    if fields["method"] in SPARSE:
         fields["num_trainable"] = trained
     if method == "fisher":
         fields["selection_micro_steps"] = 8  # over one micro-batch it would choose as sift does
@@ -156,7 +160,7 @@ def main() -> None:
 def _line(row: dict[str, Any]) -> str:
     match = f"   exact match {row['exact_match']:.2f} ± {row['exact_match_spread']:.2f}" if "exact_match" in row else ""
     loss = f"{row['evaluation_loss']:.4f} ± {row['evaluation_loss_spread']:.4f}"
-    head = f"{row['method']:<10}{row['trained']:>10,} trained   rate {row['learning_rate']:<8g}"
+    head = f"{row['method']:<22}{row['trained']:>10,} trained   rate {row['learning_rate']:<8g}"
     return f"{head}   held-out loss {loss}{match}"
 
 
