@@ -1,7 +1,7 @@
 """Every method and baseline at the same number of trained parameters: `python -m benchmarks.methods`.
 
-Held-out loss, and exact match where the data has answers, as mean and largest distance from it over three seeds. LoRA's rank 1 sets the
-number of trained parameters; IA3 has fewer, and full all, whatever is asked.
+Held-out loss, and exact match where the data has answers, as mean and largest distance from it over three seeds. LoRA's
+rank 1 sets the number of trained parameters; IA3 has fewer, and full all, whatever is asked.
 
 The learning rate of each method is searched first, with one seed, over the same grid around a centre that its family
 wants; where an end of the grid is best, the grid grows. The search is judged on rows held out of the training part
