@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.sparse.compaction import GradientCosts, Grouping, group_rows
 
 Way = Literal["dense", "compaction", "sampled"]
+WORTHWHILE = 0.9  # of the dense product's time: what is predicted to save less may well cost more
 SAMPLED_NUMEL = 2**20  # numbers that sampled products gather at once, twice
 GATHERED_NUMEL = 2**20  # numbers that compaction may gather at once for any weight
 
@@ -74,8 +75,11 @@ def plan_gradient(
     if way == "auto":
         dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
         sampled_s = costs.call_s + tokens * costs.sampled_s * indices.numel()
-        if min(dense_s, sampled_s) <= grouped_s:
-            return GradientPlan("dense" if dense_s <= sampled_s else "sampled", indices, shape)
+        best_s, best = min((sampled_s, "sampled"), (grouped_s, "compaction"))
+        if best_s >= WORTHWHILE * dense_s:
+            return GradientPlan("dense", indices, shape)
+        if best == "sampled":
+            return GradientPlan("sampled", indices, shape)
     return GradientPlan("compaction", indices, shape, grouping)
 
 
