@@ -126,6 +126,16 @@ def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
     return described
 
 
+def also_sees(spec: RunSpec) -> bool:
+    """Return whether `load_model` takes the language model out of a model that also sees, under names of its own.
+
+    Raises:
+        ModelError: the model's config cannot be read.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    return bool(_language_model_alone(spec))
+
+
 def _language_model_alone(spec: RunSpec) -> dict[str, Any]:
     """Return what loads the language model out of one that also sees, such as Gemma 3; nothing for all others."""
     config = _load(AutoConfig, spec)
