@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
 from engine.models import load_model
 from engine.planner.shape import read_shape
@@ -21,4 +21,7 @@ def test_language_model_is_taken_out_of_one_that_also_sees(
     assert torch.equal(model(input_ids=IDS).logits, whole(input_ids=IDS).logits)
     assert model.train()(input_ids=IDS).logits.shape == (2, 12, 160)  # the whole one asks for image positions here
     tensors = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    model.eval().save_pretrained(folder / "alone")
+    again = AutoModelForCausalLM.from_pretrained(folder / "alone").eval()
+    assert torch.equal(again(input_ids=IDS).logits, whole(input_ids=IDS).logits)
     assert dict(read_shape(str(folder), None).tensors) == tensors
