@@ -24,7 +24,7 @@ from engine.events import ModelLoaded
 from engine.hardware import resolve_device
 from engine.metrics import WORDS
 from engine.models import load_model, load_tokenizer, resolve_dtype
-from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors
+from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors, require_own_names
 from engine.planner.shape import resolve_model
 from engine.runs import Run, read_events, read_report, read_spec, write_json
 from engine.sparse.base_weight import NF4Weight, base_weights
@@ -171,6 +171,7 @@ def export_peft(run: Run, folder: Path) -> Exported:
         raise DeltaError(
             f"A PEFT adapter has no place for the head of a classification, which is trained dense. {MERGE_INSTEAD}"
         )
+    require_own_names(read_spec(run))
     if info.method in BASELINES:
         return _copy_adapter(run, info, folder)
     delta = SparseDelta.load(run.delta_path)

@@ -49,8 +49,11 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         ModelError: it is not there, has no weights, or transformers cannot build it.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
-    options = {**_options(spec, device), **_language_model_alone(spec)}
-    return _placed(_load(AutoModelForCausalLM, spec, **options), spec, device)
+    alone = _language_model_alone(spec)
+    model = _load(AutoModelForCausalLM, spec, **_options(spec, device), **alone)
+    if alone:  # it is saved under its own names: transformers 5.23 would turn `key_mapping` round, and fails at it
+        vars(model).pop("_weight_conversions", None)
+    return _placed(model, spec, device)
 
 
 def load_classifier(
@@ -150,6 +153,16 @@ def _described(
         describe_in_nf4(model, dtype, dense)
     described: PreTrainedModel = model.eval()
     return described
+
+
+def also_sees(spec: RunSpec) -> bool:
+    """Return whether `load_model` takes the language model out of a model that also sees, under names of its own.
+
+    Raises:
+        ModelError: the model's config cannot be read.
+        HubUnreachableError: it is on the Hub only, and the Hub does not answer.
+    """
+    return bool(_language_model_alone(spec))
 
 
 def _language_model_alone(spec: RunSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import DeltaError
+from engine.models import also_sees
 from engine.planner.shape import resolve_model
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.compose import sum_entries
@@ -25,6 +26,19 @@ from engine.spec import RunSpec
 PEFT_PREFIX = "base_model.model."
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE_INSTEAD = "Export it merged instead (--as merged)."
+
+
+def require_own_names(spec: RunSpec) -> None:
+    """Do nothing where the run's names are those of the model that users of an adapter load.
+
+    Raises:
+        DeltaError: the base also sees, so that they are not; the sentence offers the merge.
+    """
+    if also_sees(spec):
+        raise DeltaError(
+            f"A PEFT adapter names the layers of the model that its users load, and {spec.model!r} also sees: the run "
+            f"trained its language model alone, whose layers have other names. {MERGE_INSTEAD}"
+        )
 
 
 def peft_config(spec: RunSpec, delta: SparseDelta, sparsity: float) -> dict[str, Any]:

@@ -40,33 +40,32 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 
 
-def _command(*arguments: str) -> list[str]:
+def command_of(*arguments: str) -> list[str]:
+    """Return the words that start this program with `arguments`."""
     return [sys.executable, "-m", "engine", *arguments]
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
+    """Return the environment in which a worker runs."""
     hub_online()  # asked once here; workers read the verdict from the environment
     path = os.pathsep.join(part for part in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if part)
-    # Threads that wait do not spin: beside a busy browser a spinning step takes two to four times as long.
+    # Threads that wait do not spin: beside a busy browser that takes two to four times as long.
     # Large blocks go back to the system when they are freed, so that resident memory is what the plan counts.
-    defaults = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_MMAP_THRESHOLD_": str(MIB),
-        "MALLOC_TRIM_THRESHOLD_": str(4 * MIB),
-    }
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    defaults["MALLOC_TRIM_THRESHOLD_"] = str(4 * MIB)
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def child_process(*arguments: str, errors: IO[Any]) -> subprocess.Popen[str]:
     """Start `python -m engine` with `arguments`; it is spoken to through its pipes and ends when they close."""
     return subprocess.Popen(
-        _command(*arguments),
+        command_of(*arguments),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         encoding="utf-8",
-        env=_environment(),
+        env=worker_environment(),
     )
 
 
@@ -90,12 +89,12 @@ def start_worker(run: Run) -> int:
     write_status(run, RunStatus("queued"))
     with run.log_path.open("ab") as log:
         process = subprocess.Popen(
-            _command("worker", str(run.path)),
+            command_of("worker", str(run.path)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(),
+            env=worker_environment(),
         )
     # Reaped by a thread of its own, so that no zombie stays behind an app that lives for weeks.
     threading.Thread(target=process.wait, daemon=True).start()
@@ -141,7 +140,7 @@ def calibrate(device: str = "auto") -> None:
         WorkerError: the process failed.
     """
     done = subprocess.run(
-        _command("calibrate-worker", device), env=_environment(), capture_output=True, text=True, check=False
+        command_of("calibrate-worker", device), env=worker_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -166,14 +165,14 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
     """
     with (folder / "output.log").open("ab") as log:
         process = subprocess.Popen(
-            _command("analysis-worker", str(folder)),
+            command_of("analysis-worker", str(folder)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C reaches the caller, who ends it
-            env=_environment(),
+            env=worker_environment(),
         )
     assert process.stdout is not None
     try:

@@ -19,6 +19,7 @@ PART_NAMES = {
     "workspace": "Workspace",
     "context": "Process or CUDA",
 }
+FOLDED_MEMORY = "Model, memory and device"  # heading of the fold with the button that measures
 _PART_COLOURS = dict(zip(PART_NAMES, ("p1", "p2", "p7", "p3", "p8", "p4", "p5", "p6", "p9"), strict=True))
 _VERDICT_CLASS = {"fits": "ok", "tight": "warn", "does not fit": "bad"}
 STATE_CLASS: dict[RunState, str] = {
@@ -119,7 +120,7 @@ def _peak_words(plan: Plan) -> str:
 
 def _time_words(plan: Plan) -> str:
     if plan.step_s is None:
-        return plan.rate_note.partition(". ")[0] + "."
+        return f"{plan.rate_note.partition('. ')[0]}. Measure this computer, under {FOLDED_MEMORY}."
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", all {format_duration(plan.run_s)}"
     return f"A step of full rows takes about {step}{run}."

@@ -1,4 +1,4 @@
-"""What the tabs share: the settings of the app, the reader of events, the desk that keeps the chat process."""
+"""What the tabs share: the settings of the app, the reader of events, the desks that keep the processes of a person."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Literal
 from engine import runs
 from engine.runs import Run
 from sparse_ui.chat_desk import ChatDesk
+from sparse_ui.errand_desk import ErrandDesk
 from sparse_ui.history import HistoryReader
 
 TabName = Literal["setup", "data", "train", "chat", "runs"]
@@ -28,6 +29,7 @@ class AppContext:
     settings: Settings
     reader: HistoryReader = field(default_factory=HistoryReader)
     chat: ChatDesk = field(default_factory=ChatDesk)
+    errands: ErrandDesk = field(default_factory=ErrandDesk)
 
     def list_runs(self) -> list[Run]:
         """Return the runs, newest first."""

@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.sparse",),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.classify", "engine.peft_format"),
     ("engine.chat", "engine.export", "engine.composition", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
-    ("engine.workers", "engine.tracer"),
+    ("engine.workers", "engine.errands", "engine.tracer"),
     ("engine.analysis",),
     ("engine.progress", "engine.plan_text", "engine.__main__"),
     ("sparse_ui",),

@@ -1,4 +1,4 @@
-"""Runs: every run with its figures; open, chat, resume, delete, compare."""
+"""Runs: every run with its figures; open, chat, resume, delete, compare, take away."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from sparse_ui import cards
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain, guarded
 from sparse_ui.runs_view import comparison, details, runs_table
+from sparse_ui.tabs.takeaway import draw_takeaway, wire_takeaway
 
 TICK_S = 3.0
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
@@ -70,11 +71,13 @@ def build_runs_tab(context: AppContext) -> RunsTab:
             table = gr.HTML(elem_id="runs-table", js_on_load=_CHOOSE)
             actions = _draw_actions()
         with gr.Row(elem_classes="st-grid", elem_id="runs-below", visible=False) as below:
-            with gr.Column(elem_classes="st-card"):
-                gr.HTML(cards.title("Loss", "running mean of the chosen runs, held-out dotted"))
-                compare = gr.Plot(
-                    show_label=False, container=False, elem_classes="st-plot", elem_id="plot-compare", buttons=[]
-                )
+            with gr.Column(elem_classes="st-stack"):
+                with gr.Column(elem_classes="st-card"):
+                    gr.HTML(cards.title("Loss", "running mean of the chosen runs, held-out dotted"))
+                    compare = gr.Plot(
+                        show_label=False, container=False, elem_classes="st-plot", elem_id="plot-compare", buttons=[]
+                    )
+                takeaway = draw_takeaway()
             with gr.Column(elem_classes="st-card"):
                 about_run = gr.HTML(elem_id="runs-details")
         timer, page, chosen, resumed = gr.Timer(TICK_S), gr.State(None), gr.State(None), gr.State(None)
@@ -96,6 +99,7 @@ def build_runs_tab(context: AppContext) -> RunsTab:
     timer.tick(show, [chosen, page], outputs, **QUIET)
     built = RunsTab(tab, chosen, page, resumed, actions.open_train, actions.open_chat, settle, show, outputs)
     _wire_actions(context, actions, built)
+    wire_takeaway(context, takeaway, chosen, settle)
     return built
 
 

@@ -17,12 +17,13 @@ from sparse_ui import cards, form
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain, guarded
 from sparse_ui.plan_view import REMEDY_ROWS, view_fit, view_plan
+from sparse_ui.tabs.measure import Measure, draw_measure, wire_measure
 
 # Widgets of the accordions, by the group of their field. The Data tab shows the group `data`.
 _ACCORDIONS = (
     ("The method in detail", ("method",)),
     ("Training, schedule and evaluation", ("optimizer", "training", "evaluation", "run")),
-    ("Model, memory and device", ("model", "memory")),
+    (cards.FOLDED_MEMORY, ("model", "memory")),
 )
 _UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz"]
 _TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
@@ -83,11 +84,12 @@ def build_setup_tab(context: AppContext, widgets: dict[str, Any], load: Callable
     with gr.Tab("Setup", id="setup") as tab, gr.Row(elem_id="setup-grid", elem_classes="st-grid"):
         with gr.Column(elem_classes="st-card"):
             main = _draw_main(widgets)
-            _draw_accordions(widgets)
+            measure = _draw_accordions(widgets)
         card = _draw_plan()
         started = gr.State(None)
     _wire_form(context, main, widgets, load)
-    _wire_plan(str(context.settings.runs_root), main, card, fields)
+    wire_measure(context, measure, widgets["device"])
+    _wire_plan(str(context.settings.runs_root), main, card, fields, measure.measured)
     answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
     card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
     return SetupTab(tab, main.dataset_facts, started)
@@ -127,7 +129,7 @@ def _show_method(method: str) -> list[Any]:
     ]
 
 
-def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any]) -> None:
+def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any], measured: gr.State) -> None:
     shown: list[Any] = [card.body, card.changes, card.fits, main.model_facts, main.density_words, main.budget_words]
     shown += [card.said, card.fitted, card.apply, *(part for row, line, _ in card.remedies for part in (row, line))]
 
@@ -145,7 +147,7 @@ def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any]) -> 
             updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
         return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
 
-    changes = [field.change for field in (card.plan_for, *fields)]
+    changes = [field.change for field in (card.plan_for, measured, *fields)]
     gr.on(changes, show_plan, [card.fit_found, card.plan_for, *fields], shown, trigger_mode="always_last", **QUIET)
     for number, (_, _, button) in enumerate(card.remedies):
         button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
@@ -201,13 +203,16 @@ def _draw_budget(number: Any) -> gr.HTML:
     return words
 
 
-def _draw_accordions(widgets: dict[str, Any]) -> None:
+def _draw_accordions(widgets: dict[str, Any]) -> Measure:
+    """Draw the fields that stand folded, and under the last of them the button that measures this computer."""
     for heading, groups in _ACCORDIONS:
         names = [name for name in RunSpec.model_fields if name in widgets and about(name).group in groups]
-        with gr.Accordion(heading, open=False, elem_classes="st-more"), gr.Row(elem_classes="st-two"):
+        with gr.Accordion(heading, open=False, elem_classes="st-more") as accordion, gr.Row(elem_classes="st-two"):
             for name in names:
                 if name not in form.MAIN:
                     widgets[name].render()
+    with accordion:
+        return draw_measure()
 
 
 def _draw_plan() -> _PlanCard:

@@ -225,6 +225,18 @@ def test_peft_has_no_place_and_the_merge_is_offered(
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("method", ["random", "lora"])
+def test_peft_names_no_layer_of_a_model_that_also_sees(
+    make: Make, tmp_path: Path, seeing: tuple[Path, Any], method: str
+) -> None:
+    run = make(model=str(seeing[0]))
+    body = json.loads((run.delta_path / "delta.json").read_text())
+    write_json(run.delta_path / "delta.json", {**body, "method": method})
+    with pytest.raises(DeltaError, match=r"seeing' also sees.*Export it merged instead"):
+        export_peft(run, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("export", [merge, export_peft])
 def test_card_names_base_method_density_dataset_and_figures(
     make: Make, tmp_path: Path, export: Callable[..., Any]
