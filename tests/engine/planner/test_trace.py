@@ -79,7 +79,8 @@ def test_the_trace_is_a_real_step(family: str, fields: dict[str, Any], folder: A
     for part, num_bytes in real.peak.parts.items():
         assert traced.peak.parts[part] == pytest.approx(num_bytes, abs=1e-3 * real.peak.total), part
     assert (traced.peak.phase, traced.peak.operation) == (real.peak.phase, real.peak.operation)
-    assert traced.after_forward.total == pytest.approx(real.after_forward.total, rel=1e-3)
+    # The loss in chunks holds 8 bytes for each labelled token in main memory, which models this small can tell.
+    assert traced.after_forward.total == pytest.approx(real.after_forward.total, rel=1e-3, abs=2048)
 
 
 @pytest.mark.parametrize("method", ["sift", "lora"])
