@@ -41,6 +41,7 @@ from engine.planner.stand_in import standing_for
 from engine.planner.storages import StorageMeter
 from engine.sparse.attach import SparseTuning
 from engine.sparse.base_weight import base_weights, packed_tensors
+from engine.sparse.optim import SparseAdamW
 from engine.sparse.spiel_ag import SpielAG
 from engine.spec import SPIEL_METHODS, RunSpec
 from engine.targets import num_active_of
@@ -154,6 +155,9 @@ def record(
             if spec.task == "classification":
                 tuning = HeadedTuning(tuning, model, head, _names(model), spec)
             optimizer = tuning.make_optimizer()
+            if spec.method == "spiel-ag" and isinstance(optimizer, SparseAdamW):
+                for values in tuning.values:
+                    optimizer.state_of(values)  # all phases but the first choose their candidates beside the states
             trainer = _trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
         label()

@@ -94,6 +94,8 @@ def describe_in_nf4(model: "PreTrainedModel", dtype: torch.dtype, dense: Sequenc
                 packed, requires_grad=False, quant_state=_nf4_state(shape, dtype), quant_type="nf4", bnb_quantized=True
             )
             module.quant_state = module.weight.quant_state
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
 
 
 def _nf4_state(shape: torch.Size, dtype: torch.dtype) -> Any:

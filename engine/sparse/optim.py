@@ -97,7 +97,7 @@ class SparseAdamW(torch.optim.Optimizer):
             moving = [values for values in group["params"] if values.grad is not None]
             for device in {values.device for values in moving}:
                 here = [values for values in moving if values.device == device]
-                states = [self._state_of(values) for values in here]
+                states = [self.state_of(values) for values in here]
                 for packed, values in zip(self._store.visit(states, device), here, strict=True):
                     moments = self._store.unpack(packed, values)
                     self._update(values, moments, group)
@@ -127,7 +127,8 @@ class SparseAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _state_of(self, values: nn.Parameter) -> dict[str, Tensor]:
+    def state_of(self, values: nn.Parameter) -> dict[str, Tensor]:
+        """Return the states of `values`, begun where there are none."""
         if not self.state[values]:
             self.state[values] = self._store.begin(values, aged=self._aged)
         state: dict[str, Tensor] = self.state[values]
@@ -139,7 +140,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def moments(self, values: nn.Parameter) -> Moments:
         """Return the states of `values` on their device, ready to read."""
-        packed = {name: tensor.to(values.device) for name, tensor in self._state_of(values).items()}
+        packed = {name: tensor.to(values.device) for name, tensor in self.state_of(values).items()}
         return self._store.unpack(packed, values)
 
     @torch.no_grad()
