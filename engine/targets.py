@@ -73,6 +73,11 @@ def is_linear(name: str, shape: Shape) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and stacked)
 
 
+def is_linear_layer(name: str, shape: Shape) -> bool:
+    """Return whether a parameter is the weight of a layer of its own inside a block: no stacked experts, no router."""
+    return is_linear(name, shape) and len(shape) == 2 and _layer_of(name) not in _ROUTERS
+
+
 def is_attention(name: str, shape: Shape) -> bool:
     """Return whether a parameter is the weight of a linear layer of the attention."""
     parts = name.split(".")
@@ -126,7 +131,7 @@ def adapted_weights(
     for name in match_targets(shapes, targets):
         layer = _layer_of(name)
         wanted = method == "lora" or isinstance(targets, tuple) or layer in _IA3_LAYERS or is_feedforward(name)
-        if wanted and is_linear(name, shapes[name]) and len(shapes[name]) == 2 and layer not in _ROUTERS:
+        if wanted and is_linear_layer(name, shapes[name]):
             chosen.append(name)
     if not chosen:
         raise TargetsError(

@@ -28,9 +28,7 @@ def step_flops(work: Workload) -> float:
     head = shape.vocabulary * shape.hidden
     attention = 4 * setting.length * shape.heads * shape.head_dim * _CAUSAL.get(setting.kernel, 1.0)
     forward = sum(2 * entries + attention for entries in matrices)
-    reached = [
-        2 * entries + 2 * attention for entries, part in zip(matrices, work.targets.parts, strict=True) if part.reached
-    ]
+    reached = [2 * entries + 2 * attention for entries in matrices[work.lowest :]]
     dense = 0 if work.adapted else 2 * _dense_entries(work)
     adapters = 6 * work.num_active if work.adapted else 0
     recomputed = forward if setting.checkpointing else 0

@@ -92,14 +92,14 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     """
     work = build_workload(spec, shape, device)
     resident = _resident(work)
-    moment = max(run_moments(work), key=lambda each: each.total - sum(resident[part] for part in each.without))
+    moment = max(run_moments(work), key=lambda each: each.total)
     surroundings = _surroundings(device, work.spec.method == "lora")
     after = resident | {"saved_activations": after_forward_bytes(work), "transients": 0} | surroundings
-    parts = resident | dict.fromkeys(moment.without, 0)
+    parts = {part: size - moment.without.get(part, 0) for part, size in resident.items()}
     parts |= {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
     peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device)
     staying = sum(parts[name] for name in resident)
-    lower, upper = _bounds(work, staying, moment.total, device, sum(surroundings.values()))
+    lower, upper = _bounds(work, staying, moment.saved + moment.transient, device, sum(surroundings.values()))
     allocated = peak - parts["context"]
     return Plan(
         parts=parts,
@@ -118,8 +118,10 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         exact=shape.exact,
         note=_note(shape),
         parts_after_forward=after,
-        reserved_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=RESERVED_FRAGMENTS),
-        minimum_bytes=formulas.reserved_bytes(allocated, moment.total, fragments=MINIMUM_FRAGMENTS),
+        reserved_bytes=formulas.reserved_bytes(
+            allocated, moment.saved + moment.transient, fragments=RESERVED_FRAGMENTS
+        ),
+        minimum_bytes=formulas.reserved_bytes(allocated, moment.saved + moment.transient, fragments=MINIMUM_FRAGMENTS),
         flops=step_flops(work),
         tokens=work.setting.tokens * spec.gradient_accumulation,
     )

@@ -138,9 +138,25 @@ def dense_gradient_bytes(numel: int, element_bytes: int) -> int:
     return element_bytes * numel
 
 
-def gather_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
-    """Return what reading the trained entries out of a dense gradient takes: an entry and its fp32 copy each."""
-    return (element_bytes + FP32_BYTES) * max(num_active.values())
+def gather_bytes(num_active: int, element_bytes: int) -> int:
+    """Return what reading the trained entries out of a dense gradient takes: an entry and, in 16 bit, its fp32 copy."""
+    return (element_bytes + (FP32_BYTES if element_bytes != FP32_BYTES else 0)) * num_active
+
+
+def choosing_bytes(numel: int, num_active: int, element_bytes: int, *, squared: bool, left: int = 0) -> int:
+    """Return what choosing entries by a dense gradient takes beside it, with what is `left` of it after the choice.
+
+    The look for numbers that are not finite: magnitudes, and three comparison bytes an entry. Or the choice, see
+    `topk_bytes`. `squared`: both over the squares in fp32, made of an fp32 copy.
+    """
+    each = FP32_BYTES if squared else element_bytes
+    copies = FP32_BYTES * numel * (2 if element_bytes != FP32_BYTES else 1) if squared else 0
+    return copies + max((each + 3) * numel, topk_bytes(numel, num_active, each) + left)
+
+
+def placed_bytes(num_active: int, element_bytes: int, quantised: bool) -> int:
+    """Return what the chosen entries of one tensor take from then on: positions; of a dense base its entries."""
+    return (FP32_BYTES + (0 if quantised else element_bytes)) * num_active
 
 
 def probe_bytes(numel: int, element_bytes: int) -> int:

@@ -23,17 +23,18 @@ from engine.planner.families import (
     Numbers,
     UnknownConfigError,
     is_tied,
+    language_config,
     language_tensors,
     read_numbers,
     tensors_of,
 )
 from engine.planner.headers import Shape, read_headers, weight_files
+from engine.planner.layouts import EMBEDDINGS, Layout, read_layout
 from engine.presets import bundled_models
-from engine.targets import match_targets
+from engine.targets import layer_number, match_targets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -58,18 +59,29 @@ class ModelShape:
     dtype: str  # as stored: BF16, F16, F32; empty where there are no weights
     exact: bool  # whether the closed forms were checked on this family
     counted: bool  # whether the tensors are the model's own, or a guess at a family that is not known
+    layout: Layout
     positions: int | None = None  # tokens of the longest row the model was made for
     classifier: bool = False  # with a head for labels, whose number `vocabulary` then is
 
     @cached_property
     def num_parameters(self) -> int:
         """Entries of all parameters."""
-        return sum(math.prod(shape) for shape in self.tensors.values())
+        return _entries(self.tensors)
 
     @cached_property
     def embedding(self) -> str | None:
         """The name of the token embedding."""
-        return next((name for name in self.tensors if name.endswith(_EMBEDDINGS)), None)
+        return next((name for name in self.tensors if name.endswith(EMBEDDINGS)), None)
+
+    @cached_property
+    def blocks(self) -> tuple[Mapping[str, str], ...]:
+        """The parameters of each block: their name inside it, without `.weight`, to their name."""
+        blocks: list[dict[str, str]] = [{} for _ in range(self.layers)]
+        for name in self.tensors:
+            layer = layer_number(name)
+            if layer is not None and layer < self.layers:
+                blocks[layer][name.split(f".{layer}.", 1)[1].removesuffix(".weight")] = name
+        return tuple(blocks)
 
     @cached_property
     def head(self) -> str | None:
@@ -80,11 +92,6 @@ class ModelShape:
     def dense_numel(self) -> int:
         """Entries that are trained dense beside any method: the head of a classifier."""
         return sum(math.prod(shape) for name, shape in self.tensors.items() if self.classifier and is_head(name))
-
-    @cached_property
-    def norms_heads(self) -> bool:
-        """Whether each head's queries and keys have a norm."""
-        return any("q_norm" in name.split(".") for name in self.tensors)
 
 
 def resolve_model(model: str, revision: str | None = None) -> str | Path:
@@ -226,7 +233,8 @@ def build_shape(
             tied = not any(name.endswith(_HEADS) for name in tensors)
         if tied:
             tensors = {name: shape for name, shape in tensors.items() if not name.endswith(_HEADS)}
-    shape = _shape_of(source, numbers, tied, tensors or tensors_of(numbers, config), dtype)
+        tensors = _as_loaded(replace(numbers, tied=tied), config, tensors)
+    shape = _shape_of(source, config, numbers, tied, tensors or tensors_of(numbers, config), dtype)
     return shape if task == "causal" else _classifier(shape, config)
 
 
@@ -245,6 +253,18 @@ def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
     )
 
 
+def _as_loaded(numbers: Numbers, config: dict[str, Any], tensors: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Return stored tensors as the model's class has them: files may use other names, or hold experts one by one."""
+    if numbers.family not in KNOWN_LAYOUTS:
+        return tensors
+    own = tensors_of(numbers, config)
+    return own if _entries(own) == _entries(tensors) else tensors
+
+
+def _entries(tensors: Mapping[str, Shape]) -> int:
+    return sum(map(math.prod, tensors.values()))
+
+
 def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
     def is_buffer(name: str, shape: Shape) -> bool:  # old GPT-2 files hold the causal mask as attn.bias
         return name.endswith(_BUFFERS) or (name.endswith("attn.bias") and len(shape) == 4)
@@ -252,7 +272,11 @@ def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
     return {name: shape for name, shape in tensors.items() if not is_buffer(name, shape)}
 
 
-def _shape_of(source: str, numbers: Numbers, tied: bool, tensors: Mapping[str, Shape], dtype: str) -> ModelShape:
+def _shape_of(
+    source: str, config: dict[str, Any], numbers: Numbers, tied: bool, tensors: Mapping[str, Shape], dtype: str
+) -> ModelShape:
+    head_norms = any("q_norm" in name.split(".") for name in tensors)
+    layout = read_layout(numbers.family, language_config(config), numbers.layers, head_norms=head_norms)
     return ModelShape(
         source=source,
         family=numbers.family,
@@ -269,8 +293,9 @@ def _shape_of(source: str, numbers: Numbers, tied: bool, tensors: Mapping[str, S
         experts_per_token=numbers.experts_per_token,
         tensors=tensors,
         dtype=dtype,
-        exact=numbers.family in EXACT_FAMILIES and not numbers.experts_per_token,
+        exact=numbers.family in EXACT_FAMILIES and layout.plain,
         counted=bool(dtype) or numbers.family in KNOWN_LAYOUTS,
+        layout=layout,
         positions=numbers.positions,
     )
 

@@ -2,42 +2,42 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from engine.hardware import Device, selection_memory_bytes
 from engine.planner import activations, formulas
-from engine.planner.activations import FP32_BYTES, Setting, TrainedParts
-from engine.planner.adapters import adapter_backward_bytes, adapters_saved_bytes
+from engine.planner.activations import FP32_BYTES, Kernel, Setting
+from engine.planner.layouts import is_embedding
 from engine.planner.output_layer import CHUNKED_FAMILIES
 from engine.planner.shape import ModelShape, target_tensors
 from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.spec_rules import entries_move, optimizer_of
-from engine.targets import adapted_weights, adapter_numel, is_linear, layer_number, num_active_of
+from engine.targets import adapted_weights, adapter_numel, is_linear_layer, layer_number, num_active_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class TargetSizes:
-    """The targets of a spec: entries of each, the largest of all, the entries of the largest inside the blocks.
+    """The targets of a spec: entries of each, and the largest.
 
     `accumulators`: rows and columns of all targets, each seen as a matrix whose columns are its last dimension.
+    `lowest`: the first block that a gradient reaches; there is none above the last one.
     """
 
     numels: Mapping[str, int]
     largest: str
-    largest_in_blocks: int
     accumulators: int
-    parts: tuple[TrainedParts, ...]
+    lowest: int
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
     """A spec made concrete: the micro-batch, the targets, how many entries of each are trained.
 
-    `quantised`: entries of each weight that is stored in NF4.
+    `quantised`: entries of each weight that is stored in NF4. `kernels`: of each block's attention.
     """
 
     spec: RunSpec
@@ -46,7 +46,8 @@ class Workload:
     on_cpu: bool
     targets: TargetSizes
     active: Mapping[str, int]
-    quantised: tuple[int, ...]
+    quantised: Mapping[str, int]
+    kernels: tuple[Kernel, ...]
 
     @property
     def numels(self) -> Mapping[str, int]:
@@ -62,19 +63,6 @@ class Workload:
     def adapted(self) -> bool:
         """Whether adapters are trained beside the targets."""
         return self.spec.method in ("lora", "ia3")
-
-    @cached_property
-    def adapters_saved(self) -> Mapping[int, int]:
-        """Bytes that the adapters of each block keep for the backward."""
-        return adapters_saved_bytes(self.shape, self.setting, self.spec, self.numels) if self.adapted else {}
-
-    @property
-    def adapters_backward_bytes(self) -> int:
-        """What adapters add to the backward of a block; with checkpointing, what they keep is computed anew as well."""
-        if not self.adapted:
-            return 0
-        anew = max(self.adapters_saved.values()) if self.setting.checkpointing else 0
-        return anew + adapter_backward_bytes(self.shape, self.setting, self.spec.method, self.numels)
 
     @property
     def num_active(self) -> int:
@@ -175,29 +163,44 @@ class Workload:
         return self.shape.head in self.numels
 
     @property
+    def trains_embedding(self) -> bool:
+        """Whether the embedding of tokens or positions is a target, so that a gradient goes through all blocks."""
+        return any(is_embedding(name) for name in self.numels)
+
+    @property
+    def enters_blocks(self) -> bool:
+        """Whether a gradient goes through all blocks: to the embedding, or, with checkpointing, to what it gives.
+
+        There transformers 5 lets the embedding's result require a gradient, whatever is trained.
+        """
+        return self.trains_embedding or self.setting.checkpointing
+
+    @property
+    def lowest(self) -> int:
+        """The first block that a gradient reaches."""
+        return 0 if self.enters_blocks else self.targets.lowest
+
+    def is_function(self, name: str) -> bool:
+        """Return whether a target's gradient is taken inside its layer's own function: NF4 and plain linear layers."""
+        if name in self.quantised:
+            return True
+        if self.spec.method in BASELINES:
+            return False
+        shape = self.shape.tensors[name]
+        plain = is_linear_layer(name, shape) and not self.shape.layout.transposed
+        return plain or (name == self.shape.head and not self.shape.tied and not self.spec.chunked_loss)
+
+    @property
     def chunks_loss(self) -> bool:
         """Whether the loss is computed in chunks of tokens."""
         return self.spec.chunked_loss and self.shape.family in CHUNKED_FAMILIES and not self.shape.classifier
 
     @property
-    def block_dense_bytes(self) -> int:
-        """The largest dense gradient inside the blocks; that of a tied output layer waits for the embedding's."""
-        if self.adapted:
-            return 0
-        tied = self.numels.get(self.shape.head or "", 0) if self.shape.tied else 0
-        return formulas.dense_gradient_bytes(self.targets.largest_in_blocks + tied, self.setting.element_bytes)
-
-    @property
     def parameters_bytes(self) -> int:
         """The frozen base, as it is stored."""
-        dense = self.shape.num_parameters - sum(self.quantised)
-        stored = sum(formulas.quantised_bytes(numel) for numel in self.quantised)
+        dense = self.shape.num_parameters - sum(self.quantised.values())
+        stored = sum(formulas.quantised_bytes(numel) for numel in self.quantised.values())
         return formulas.parameters_bytes(dense, self.setting.element_bytes) + stored
-
-    @property
-    def rebuilt_bytes(self) -> int:
-        """What the use of the largest NF4 weight takes; 0 over a dense base."""
-        return formulas.dequantised_bytes(max(self.quantised, default=0), self.setting.element_bytes)
 
 
 def dtype_of(spec: RunSpec, device: Device) -> str:
@@ -212,14 +215,16 @@ def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload
         TargetsError: `targets` match no weight.
     """
     e, rows, length = ELEMENT_BYTES[dtype_of(spec, device)], spec.micro_batch_size, spec.sequence_length
-    kernel = activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu, device.sm)
-    # What an adapter in fp32 reads is kept as the input of a trained weight is; in 16 bit, a copy.
-    keeps_inputs = spec.method != "ia3" and (spec.method != "lora" or e == FP32_BYTES)
-    targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None, keeps_inputs)
-    setting = Setting(rows, length, e, kernel, spec.gradient_checkpointing)
+    kernels = tuple(
+        activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu, device.sm, window=window)
+        for window in map(shape.layout.window, range(shape.layers))
+    )
+    masked = next((kernel for kernel in kernels if kernel == "masked"), kernels[0])
+    setting = Setting(rows, length, e, masked, spec.gradient_checkpointing, device.is_cpu)
+    targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None)
     active = _active(spec, shape, targets.numels)
-    quantised = _quantised(shape) if spec.quantization == "nf4" else ()
-    return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised)
+    quantised = _quantised(shape) if spec.quantization == "nf4" else {}
+    return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised, kernels)
 
 
 def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapping[str, int]:
@@ -232,23 +237,18 @@ def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapp
 
 
 @lru_cache(maxsize=16)
-def _quantised(shape: ModelShape) -> tuple[int, ...]:
-    """Return the entries of each weight that bitsandbytes quantises: the linear layers of the blocks."""
-    return tuple(math.prod(sizes) for name, sizes in shape.tensors.items() if is_linear(name, sizes))
+def _quantised(shape: ModelShape) -> Mapping[str, int]:
+    """Return the entries of each weight that bitsandbytes quantises: the linear layers of the blocks, no experts."""
+    return {name: math.prod(sizes) for name, sizes in shape.tensors.items() if is_linear_layer(name, sizes)}
 
 
 @lru_cache(maxsize=64)
-def _sizes_of(
-    shape: ModelShape, targets: str | tuple[str, ...], adapter: Literal["lora", "ia3"] | None, keeps_inputs: bool
-) -> TargetSizes:
+def _sizes_of(shape: ModelShape, targets: str | tuple[str, ...], adapter: Literal["lora", "ia3"] | None) -> TargetSizes:
     tensors = target_tensors(shape, targets)
     if adapter:
         tensors = {name: shape.tensors[name] for name in adapted_weights(shape.tensors, targets, adapter)}
     numels = {name: math.prod(sizes) for name, sizes in tensors.items()}
     accumulators = sum(numels[name] // sizes[-1] + sizes[-1] for name, sizes in tensors.items())
-    in_blocks = (numel for name, numel in numels.items() if layer_number(name) is not None)
-    largest = max(numels, key=lambda name: numels[name])
-    parts = tuple(activations.trained_parts(shape, numels))
-    if not keeps_inputs:
-        parts = tuple(replace(part, qkv=False, o=False, mlp_in=False, down=False) for part in parts)
-    return TargetSizes(numels, largest, max(in_blocks, default=0), accumulators, parts)
+    layers = [layer for name in numels if (layer := layer_number(name)) is not None]
+    lowest = 0 if any(is_embedding(name) for name in numels) else min(layers, default=shape.layers)
+    return TargetSizes(numels, max(numels, key=lambda name: numels[name]), accumulators, lowest)

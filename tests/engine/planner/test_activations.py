@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.planner.activations import (
-    Setting,
-    blocks_saved_bytes,
-    choose_kernel,
-    head_saved_bytes,
-    loss_saved_bytes,
-    shared_saved_bytes,
-    trained_parts,
-)
-from engine.planner.shape import read_shape, target_tensors
+from engine.hardware import Device
+from engine.planner.moments import after_forward_bytes
+from engine.planner.shape import read_shape
+from engine.planner.workload import build_workload
+from engine.spec import RunSpec
+from engine.units import GIB
 
+CPU = Device("cpu", "CPU", 16 * GIB, 16 * GIB)
 LENGTH = 256
 CONFIG = {
     "hidden_size": 128,
@@ -62,11 +59,7 @@ def test_saved_activations_are_what_autograd_saves(
     config = AutoConfig.for_model(family, **CONFIG)
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
-    shape = read_shape(str(tmp_path))
-    names = list(target_tensors(shape, targets))
-    kernel = choose_kernel(shape, attention, dtype.itemsize, 1, LENGTH, on_cpu=True)
-    setting = Setting(1, LENGTH, dtype.itemsize, kernel, checkpointing=False)
-    planned = blocks_saved_bytes(shape, setting, trained_parts(shape, names)) + shared_saved_bytes(shape, setting)
-    planned += head_saved_bytes(shape, setting, targets == "all", targets == "all")
-    planned += loss_saved_bytes(shape, setting)
-    assert planned == pytest.approx(_saved_by_autograd(model, names), rel=0.01)
+    fields = {"dtype": str(dtype).removeprefix("torch."), "sequence_length": LENGTH, "attention": attention}
+    work = build_workload(RunSpec(model=str(tmp_path), targets=targets, **fields), read_shape(str(tmp_path)), CPU)
+    saved = _saved_by_autograd(model, list(work.numels))
+    assert after_forward_bytes(work) == pytest.approx(saved, rel=0.01)

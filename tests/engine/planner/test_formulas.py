@@ -1,23 +1,19 @@
 """Closed forms against the published table and hand-counted sizes."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 
+from engine.hardware import Device
 from engine.planner import formulas
-from engine.planner.activations import (
-    Setting,
-    blocks_saved_bytes,
-    choose_kernel,
-    head_saved_bytes,
-    loss_saved_bytes,
-    shared_saved_bytes,
-    trained_parts,
-)
-from engine.planner.shape import read_shape, target_tensors
+from engine.planner.activations import choose_kernel
+from engine.planner.moments import after_forward_bytes
+from engine.planner.shape import read_shape
+from engine.planner.workload import build_workload
+from engine.spec import RunSpec
 from engine.units import GIB
 
+CARD = Device("cuda:0", "a card", 80 * GIB, 80 * GIB)
 # SIFT, Table 1 (arXiv:2312.11875): Llama-7B in bf16, all parameters, density 0.05, 2048 tokens, eager attention.
 TABLE_1 = {"parameters": 12.55, "gradients": 0.626, "optimizer": 2.51, "activations": 35.72, "checkpointed": 0.81}
 
@@ -38,12 +34,13 @@ def test_resident_terms_are_those_of_the_published_table(config_folder: Callable
 def test_activations_are_those_of_the_published_table(
     config_folder: Callable[..., str], checkpointing: bool, published: str
 ) -> None:
-    shape = read_shape(config_folder())
-    setting = Setting(1, 2048, 2, "eager", checkpointing)
+    folder = config_folder()
+    spec = RunSpec(
+        model=folder, targets="all", sequence_length=2048, attention="eager", gradient_checkpointing=checkpointing
+    )
     # The table counts what is left after the forward, the logits dropped.
-    saved = blocks_saved_bytes(shape, setting, trained_parts(shape, target_tensors(shape, "all")))
-    saved += shared_saved_bytes(shape, setting) + head_saved_bytes(shape, setting, True, True)
-    assert (saved + loss_saved_bytes(shape, setting)) / GIB == pytest.approx(TABLE_1[published], rel=0.01)
+    saved = after_forward_bytes(build_workload(spec, read_shape(folder), CARD))
+    assert saved / GIB == pytest.approx(TABLE_1[published], rel=0.01)
 
 
 def test_sizes_of_the_trained_entries_are_hand_counted() -> None:
@@ -68,9 +65,12 @@ def test_the_kernel_follows_device_dtype_and_padding(config_folder: Callable[...
     assert choose_kernel(grouped, "eager", 2, 2, 512, on_cpu=True) == "eager"
 
 
-def test_only_blocks_that_a_gradient_reaches_keep_anything(config_folder: Callable[..., str]) -> None:
-    shape = read_shape(config_folder())
-    parts = trained_parts(shape, ["model.layers.30.mlp.down_proj.weight"])
-    assert [number for number, part in enumerate(parts) if part.reached] == [30, 31]
-    setting = Setting(1, 128, 2, "flash", checkpointing=True)
-    assert blocks_saved_bytes(shape, setting, parts) == 2 * math.prod((128, 4096, 2))
+def test_without_checkpointing_only_blocks_that_a_gradient_reaches_keep_anything(
+    config_folder: Callable[..., str],
+) -> None:
+    folder = config_folder()
+    spec = RunSpec(model=folder, targets=("model.layers.30.mlp.down_proj.weight",))
+    work = build_workload(spec, read_shape(folder), CARD)
+    assert (work.lowest, work.enters_blocks) == (30, False)
+    everywhere = build_workload(spec.model_copy(update={"targets": "linear"}), read_shape(folder), CARD)
+    assert after_forward_bytes(work) < after_forward_bytes(everywhere) / 8

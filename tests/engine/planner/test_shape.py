@@ -26,6 +26,10 @@ FAMILIES = (
     "gpt2",
     "smollm3",
     "granite",
+    "phi",
+    "gpt_neox",
+    "mixtral",
+    "qwen3_moe",
 )
 SMALL = {
     "hidden_size": 64,
@@ -63,6 +67,15 @@ def test_a_config_gives_the_parameters_of_the_model_class(family: str, tmp_path:
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert dict(read_shape(str(tmp_path)).tensors) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "qwen3_moe"])
+def test_stored_weights_give_the_parameters_of_the_model_class(family: str, tmp_path: Path) -> None:
+    experts = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 32} if "m" in family[-5:] else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **experts))
+    model.save_pretrained(tmp_path)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert dict(read_shape(str(tmp_path)).tensors) == expected
 

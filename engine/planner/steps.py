@@ -1,0 +1,268 @@
+"""One backward from the loss to the embedding: what lies in memory at each stretch of the model, block by block.
+
+The stretches are written as tapes (`blocks.py`), like blocks once; here their figures are added up in the order of the
+backward, while the gradients of what is trained come up and activations go.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.planner import activations, formulas, output_layer
+from engine.planner.adapters import adapter_of
+from engine.planner.blocks import Segment, Weights, block_segment, head_segment
+from engine.planner.formulas import FP32_BYTES, INT64_BYTES
+from engine.planner.layouts import is_embedding, is_last_norm
+from engine.planner.operations import LinearWeight
+from engine.planner.tape import Weight
+from engine.planner.workload import Workload
+from engine.targets import layer_number
+
+Taking = Literal["gathering", "choosing"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment that may be the peak: what is saved for the backward and what comes and goes, in bytes.
+
+    `without`: what is not there yet of the resident parts, in bytes by part.
+    """
+
+    phase: str
+    saved: int
+    transient: int
+    without: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes beyond the resident terms."""
+        return self.saved + self.transient - sum(self.without.values())
+
+
+class Pass:
+    """Forward and backward of one micro-batch: what is kept, and the moments of the backward."""
+
+    def __init__(self, work: Workload, taking: Taking, extra: int = 0) -> None:
+        """Add up a workload.
+
+        Args:
+            work: what runs.
+            taking: what becomes of dense gradients: the entries' are gathered, or the entries are chosen by them.
+            extra: what else lies in memory meanwhile.
+        """
+        self._work, self._taking, self._extra = work, taking, extra
+        self._first = taking == "choosing" or work.spec.gradient_accumulation == 1
+        self._weights = {name: self._weight(name) for name in work.numels} if not work.adapted else {}
+        self._coming = self._coming_parts()
+        self._head = self._head_segment()
+        self._segments = self._blocks()
+
+    def _coming_parts(self) -> dict[str, int]:
+        """Return what the backward leaves of the resident parts, each in whole."""
+        work, count = self._work, self._work.num_active
+        if not self._first:
+            return {}
+        parts = {"gradients": formulas.gradients_bytes(count)}
+        if self._taking == "choosing" and work.spec.method == "spiel-ag":
+            parts["gradients"] += formulas.candidates_bytes(count)
+        elif self._taking == "choosing":
+            parts["indices"] = work.indices_bytes
+            if not work.quantised:
+                parts["values"] = formulas.replaced_bytes(count, work.setting.element_bytes)
+        return parts
+
+    def _weight(self, name: str) -> Weight:
+        """Return what the gradient of a target takes and leaves."""
+        work, numel, count = self._work, self._work.numels[name], self._work.active[name]
+        e = work.setting.element_bytes
+        dense = formulas.dense_gradient_bytes(numel, e)
+        if work.spec.method == "full":
+            master = FP32_BYTES * numel if self._first else 0
+            return Weight(dense, 0 if e == FP32_BYTES else master, master)
+        buffered = work.is_function(name)
+        phase = work.spec.method == "spiel-ag"
+        left = formulas.gradients_bytes(count) if self._first else 0
+        reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e)
+        if self._taking == "choosing":
+            left += formulas.candidates_bytes(count) if phase else formulas.placed_bytes(count, e, bool(work.quantised))
+            reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
+            return Weight(dense, reading, left, buffered)
+        if work.spec.probe_interval:
+            reading = max(reading, formulas.probe_bytes(numel, e))
+        return Weight(dense, reading + left, left, buffered)
+
+    def _linear(self, name: str) -> LinearWeight:
+        work = self._work
+        numel = work.quantised.get(name, 0)
+        adapter = None
+        if work.adapted and name in work.numels:
+            adapter = adapter_of(work.spec, name, work.shape.tensors[name], self._first)
+        return LinearWeight(numel, bool(numel), self._weights.get(name), adapter, work.active.get(name, 0))
+
+    def _blocks(self) -> list[Segment]:
+        """Return the blocks that a gradient reaches, from the last to the first."""
+        work, segments = self._work, []
+        buffer = 0 if self._head is None else self._head.backward.buffer
+        for layer in range(work.shape.layers - 1, work.lowest - 1, -1):
+            names = work.shape.blocks[layer]
+            weights: Weights = tuple((inside, self._linear(name)) for inside, name in names.items())
+            entered = layer > work.lowest or work.enters_blocks
+            found = block_segment(work.shape, work.setting, work.kernels[layer], weights, entered, buffer)
+            buffer = found.backward.buffer
+            segments.append(found)
+        return segments
+
+    def _head_segment(self) -> Segment | None:
+        work = self._work
+        if not (self._flows or work.trains_head):
+            return None
+        trained = {name: weight for name, weight in self._weights.items() if layer_number(name) is None}
+        weights = {
+            "head" if name == work.shape.head else "final": LinearWeight(0, trained=weight)
+            for name, weight in trained.items()
+            if name == work.shape.head or is_last_norm(name)
+        }
+        if work.chunks_loss:
+            weights.pop("head", None)
+        elif self._ties:
+            # The dense gradient of a tied output layer waits for the embedding's.
+            dense = self._weights[work.shape.head or ""].dense
+            weights["head"] = LinearWeight(0, trained=Weight(dense, 0, dense))
+        with_logits = not (work.chunks_loss or work.shape.classifier)
+        return head_segment(work.shape, work.setting, tuple(weights.items()), self._flows, with_logits)
+
+    @property
+    def _ties(self) -> bool:
+        """Whether a dense gradient of the output layer waits for that of the embedding."""
+        return self._work.trains_head and self._work.shape.tied
+
+    @property
+    def _flows(self) -> bool:
+        """Whether a gradient goes below the last norm."""
+        return self._work.lowest < self._work.shape.layers
+
+    @property
+    def blocks_saved(self) -> int:
+        """What the blocks and what they share keep between forward and backward."""
+        work, setting = self._work, self._work.setting
+        shared = activations.shared_saved_bytes(work.shape, setting) + self._embedding_saved()
+        if setting.checkpointing:
+            return shared + len(self._segments) * setting.element_bytes * setting.tokens * work.shape.hidden
+        return shared + sum(segment.saved for segment in self._segments)
+
+    def _embedding_saved(self) -> int:
+        """Return what lies before the blocks: entries that dropout keeps; what it was made of, where that is a leaf."""
+        work, setting = self._work, self._work.setting
+        if not (work.enters_blocks and work.shape.layout.embedding_dropout):
+            return 0
+        leaf = 0 if work.trains_embedding else setting.element_bytes
+        kept = setting.element_bytes if work.on_cpu else 1
+        return (kept + leaf) * setting.tokens * work.shape.hidden
+
+    @property
+    def head_saved(self) -> int:
+        """What the last norm and the output layer keep."""
+        return 0 if self._head is None else self._head.saved
+
+    def moments(self) -> list[Moment]:
+        """Return the loss, the output layer's backward, and that of each block and of the embedding."""
+        work, setting = self._work, self._work.setting
+        shape, e = work.shape, setting.element_bytes
+        walk = _Walk(self.blocks_saved + self.head_saved, self._coming, self._extra)
+        residual = e * setting.tokens * shape.hidden
+        if work.chunks_loss:
+            self._chunked_loss(walk)
+        else:
+            walk.at("loss", activations.loss_transient_bytes(shape, setting))
+            walk.moving = residual if shape.classifier else e * setting.tokens * shape.vocabulary
+        if self._head is not None:
+            waiting = self._weights[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
+            walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
+        checkpoint = residual if setting.checkpointing else None
+        layer = shape.layers
+        for segment in self._segments:
+            layer -= 1
+            kept = segment.saved if checkpoint is None else checkpoint
+            walk.over("backward of one block", segment, kept, again=checkpoint is not None)
+            walk.stay(self._left_of(layer) - segment.backward.staying)
+        if work.trains_embedding:
+            self._embedding(walk)
+        return walk.moments
+
+    def _chunked_loss(self, walk: "_Walk") -> None:
+        """The loss in chunks: what its forward leaves, scaled in the backward; a trained layer's gradient in 16 bit."""
+        work, setting, shape = self._work, self._work.setting, self._work.shape
+        saved = output_layer.chunked_saved_bytes(shape, setting, work.trains_head)
+        forward = output_layer.chunked_forward_bytes(shape, setting, work.trains_head)
+        backward = output_layer.chunked_backward_bytes(shape, setting)
+        weight = self._weights.get(shape.head or "")
+        walk.moving = setting.element_bytes * setting.tokens * shape.hidden
+        if weight is None:
+            walk.at("loss", saved + max(forward, backward))
+            return
+        cast = weight.dense if setting.element_bytes != FP32_BYTES else 0
+        walk.at("loss", saved + max(forward, backward + cast))
+        if self._ties:
+            walk.moving += weight.dense
+        else:
+            walk.at("backward of the output layer", walk.moving + weight.dense + weight.reading)
+            walk.stay(weight.staying)
+
+    def _left_of(self, layer: int) -> int:
+        """Return what the trained weights of a block leave, biases and others that no operation names included."""
+        if self._work.adapted:
+            return self._segments[self._work.shape.layers - 1 - layer].backward.staying
+        names = self._work.shape.blocks[layer].values()
+        return sum(self._weights[name].staying for name in names if name in self._weights)
+
+    def _embedding(self, walk: "_Walk") -> None:
+        """The embedding's dense gradient; a tied output layer's is summed into it, out of place."""
+        work = self._work
+        for name in work.numels:
+            if is_embedding(name):
+                weight = self._weights[name]
+                sorting = 0 if work.on_cpu else 5 * INT64_BYTES * work.setting.tokens
+                tied = weight.dense if self._ties and name == work.shape.embedding else 0
+                walk.at("backward of the embedding", walk.moving + max(weight.dense + sorting, weight.dense + tied))
+                walk.at("backward of the embedding", walk.moving - tied + weight.dense + weight.reading)
+                walk.stay(weight.staying)
+
+
+class _Walk:
+    """A backward under way: what is still saved, what comes and goes, what has been left of gradients."""
+
+    def __init__(self, saved: int, coming: Mapping[str, int], extra: int) -> None:
+        self.saved, self.moving, self.moments = saved, 0, list[Moment]()
+        self._coming, self._left, self._extra = coming, 0, extra
+
+    def at(self, phase: str, moving: int) -> None:
+        """Note a moment with `moving` bytes beside what is saved."""
+        total = sum(self._coming.values())
+        missing = 1 - min(1.0, self._left / total) if total else 0.0
+        without = {part: int(missing * size) for part, size in self._coming.items()}
+        moving += self._extra
+        # Below zero: the backward has freed more than it made, and the saved part is smaller by that.
+        self.moments.append(Moment(phase, self.saved + min(moving, 0), max(moving, 0), without))
+
+    def over(self, phase: str, segment: Segment, kept: int, *, again: bool, waiting: int = 0) -> None:
+        """Go backward over a stretch that kept `kept` bytes.
+
+        Args:
+            phase: what it is called.
+            segment: the stretch.
+            kept: what was saved of it.
+            again: whether it is computed anew first.
+            waiting: of what is left of gradients, dense ones that wait for more.
+        """
+        if again:
+            self.at(phase, self.moving + segment.forward_peak)
+            self.moving += segment.saved
+        self.at(phase, self.moving + segment.backward.rise)
+        self.moving += segment.backward.change + (0 if again else segment.saved)
+        self.saved -= kept
+        self.stay(segment.backward.staying - waiting)
+        self.moving -= segment.backward.staying - waiting
+
+    def stay(self, num_bytes: int) -> None:
+        """Note what is left of gradients."""
+        self._left += num_bytes

@@ -1,0 +1,54 @@
+"""Closed forms against traces of the real model classes; `python -m benchmarks.planner_formulas` has more."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from engine.hardware import Device
+from engine.planner.estimate import estimate
+from engine.planner.families import EXACT_FAMILIES
+from engine.planner.shape import read_shape
+from engine.planner.trace import trace
+from engine.spec import RunSpec
+from engine.units import GIB
+
+CARD = Device("cuda:0", "a card", 80 * GIB, 80 * GIB)
+CONFIG: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 1024,
+    "max_position_embeddings": 1024,
+    "pad_token_id": None,
+}
+OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 256},
+    "gemma3_text": {"sliding_window": 256, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt2": {"n_positions": 1024, "intermediate_size": 1024, "num_key_value_heads": 8},
+    "gpt_neox": {"num_key_value_heads": 8},
+    "phi": {"num_key_value_heads": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"targets": "all"},
+    "recomputed": {"attention": "eager", "gradient_checkpointing": True, "micro_batch_size": 2, "chunked_loss": True},
+    "adapters": {"method": "lora", "dtype": "float32", "micro_batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", sorted(EXACT_FAMILIES))
+def test_the_closed_forms_are_within_1_percent_of_the_trace(family: str, setting: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(family, **CONFIG | OF_ITS_OWN.get(family, {})).save_pretrained(tmp_path)
+    values = {"dtype": "bfloat16", "sequence_length": 512, "gradient_accumulation": 1, "probe_interval": 0}
+    spec = RunSpec(model=str(tmp_path), density=0.02, **{**values, **SETTINGS[setting]})
+    plan = estimate(spec, read_shape(str(tmp_path)), CARD)
+    planned = plan.peak_bytes - plan.parts["workspace"] - plan.parts["context"]
+    assert plan.exact
+    assert planned == pytest.approx(trace(spec, CARD, rounding=0).peak.total, rel=0.01)
