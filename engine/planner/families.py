@@ -3,6 +3,7 @@
 `EXACT_FAMILIES` were compared with a trace of the real model class; of the others the planner knows less and says so.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -149,6 +150,19 @@ def tensors_of(numbers: Numbers, config: dict[str, Any]) -> dict[str, Shape]:
     if not is_tied(numbers):
         tensors["lm_head.weight"] = (numbers.vocabulary, numbers.hidden)
     return tensors
+
+
+def as_loaded(numbers: Numbers, config: dict[str, Any], tensors: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Return stored tensors as the model's class has them: files may use other names, or hold experts one by one."""
+    if numbers.family not in KNOWN_LAYOUTS:
+        return tensors
+    own = tensors_of(numbers, config)
+    return own if entries_of(own) == entries_of(tensors) else tensors
+
+
+def entries_of(tensors: Mapping[str, Shape]) -> int:
+    """Return the entries of all tensors."""
+    return sum(map(math.prod, tensors.values()))
 
 
 def _llama_block(numbers: Numbers, config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:

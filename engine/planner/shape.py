@@ -22,6 +22,8 @@ from engine.planner.families import (
     KNOWN_LAYOUTS,
     Numbers,
     UnknownConfigError,
+    as_loaded,
+    entries_of,
     is_tied,
     language_config,
     language_tensors,
@@ -66,7 +68,7 @@ class ModelShape:
     @cached_property
     def num_parameters(self) -> int:
         """Entries of all parameters."""
-        return _entries(self.tensors)
+        return entries_of(self.tensors)
 
     @cached_property
     def embedding(self) -> str | None:
@@ -233,7 +235,7 @@ def build_shape(
             tied = not any(name.endswith(_HEADS) for name in tensors)
         if tied:
             tensors = {name: shape for name, shape in tensors.items() if not name.endswith(_HEADS)}
-        tensors = _as_loaded(replace(numbers, tied=tied), config, tensors)
+        tensors = as_loaded(replace(numbers, tied=tied), config, tensors)
     shape = _shape_of(source, config, numbers, tied, tensors or tensors_of(numbers, config), dtype)
     return shape if task == "causal" else _classifier(shape, config)
 
@@ -251,18 +253,6 @@ def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
     return replace(
         shape, tensors=tensors, vocabulary=labels_of(config), tied=False, exact=False, counted=counted, classifier=True
     )
-
-
-def _as_loaded(numbers: Numbers, config: dict[str, Any], tensors: Mapping[str, Shape]) -> Mapping[str, Shape]:
-    """Return stored tensors as the model's class has them: files may use other names, or hold experts one by one."""
-    if numbers.family not in KNOWN_LAYOUTS:
-        return tensors
-    own = tensors_of(numbers, config)
-    return own if _entries(own) == _entries(tensors) else tensors
-
-
-def _entries(tensors: Mapping[str, Shape]) -> int:
-    return sum(map(math.prod, tensors.values()))
 
 
 def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
