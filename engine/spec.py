@@ -248,6 +248,7 @@ class RunSpec(BaseModel):
             "Which entries may be chosen together. free: any; columns: whole input columns of a weight; "
             "rows_x_columns: rows times columns. As many entries; their gradient costs next to nothing.",
             methods=("sift", "random", "magnitude", "fisher"),
+            detail=True,
         ),
     ] = "free"
     magnitude: Annotated[
@@ -404,6 +405,7 @@ class RunSpec(BaseModel):
             "whole gradient of the weight; compaction: a few small products that hold the entries; sampled: one dot "
             "product an entry; auto: for each weight what is fastest on this machine.",
             methods=SPARSE,
+            detail=True,
         ),
     ] = "auto"
     attention: Annotated[

@@ -10,6 +10,7 @@ from engine.spec import RunSpec, about, choices
 from sparse_ui.form import MAIN, PATTERNS, is_text, label_of
 
 SEGMENTS = 4  # a choice of up to so many words is a row of segments, a longer one a list; the methods are rows
+_LETTERS = 22  # most that segments half the form wide have room for
 _TARGET_WORDS = {"linear": "all linear", "all": "everything"}
 BESIDE_SLIDER = ("density", "budget_gib")  # a slider carries their label
 _FINE = 0.001  # what one click on the arrows of a number adds
@@ -31,6 +32,8 @@ WORDS = {
     "none": "not quantised",
     "adamw": "AdamW",
     "sgd": "SGD",
+    "8bit": "8 bit",
+    "rows_x_columns": "rows × columns",
 }
 
 
@@ -70,7 +73,7 @@ def _choice(name: str, words: tuple[str, ...], options: dict[str, Any]) -> Compo
         offered = [(word_of(word), word) for word in words]
     if name == "method" and len(offered) > SEGMENTS:
         return gr.Radio(offered, elem_classes=["st-seg", "st-seg-rows"], **options)
-    if len(offered) <= SEGMENTS:
+    if len(offered) <= SEGMENTS and (name in MAIN or sum(len(word) for word, _ in offered) <= _LETTERS):
         return gr.Radio(offered, elem_classes="st-seg", visible=len(offered) > 1, **options)
     return gr.Dropdown(offered, **options)
 

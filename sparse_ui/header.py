@@ -19,7 +19,7 @@ def status_words(status: RunStatus) -> str:
             return f"Preparing · {status.detail}" if status.detail else "Preparing"
         case "running":
             left = f" · {format_duration(status.remaining_s)} left" if status.remaining_s is not None else ""
-            return f"Training · {steps}{left}"
+            return f"Training · {steps}{left}" if status.total_steps else "Training"
         case "stopping":
             return f"Stopping · {steps}"
         case "finished":

@@ -4,11 +4,14 @@
     const kept = localStorage.getItem("sparse-tuning-theme");
     if (kept) document.body.classList.toggle("dark", kept === "dark");
   };
-  addEventListener("DOMContentLoaded", () => {
+  const begin = () => {
     paint();
     // Gradio follows the system some time after the page has loaded; the choice goes before it.
     new MutationObserver(paint).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-  });
+  };
+  // Gradio may bring this script in when the document has long been there.
+  if (document.body) begin();
+  else addEventListener("DOMContentLoaded", begin);
 
   /* Gradio builds a plot anew at each update. What the person zoomed to is remembered by plot and run, and put back. */
   const zooms = {};

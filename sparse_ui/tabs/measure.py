@@ -23,6 +23,8 @@ class Measure:
     words: gr.HTML
     said: gr.HTML
     measured: gr.State
+    seen: gr.State
+    timer: gr.Timer
 
 
 def draw_measure() -> Measure:
@@ -32,7 +34,7 @@ def draw_measure() -> Measure:
             button = gr.Button("Measure this computer", size="md", elem_id="measure")
         words = gr.HTML(f"<span>{WORDS}</span>", elem_classes="st-info", elem_id="measure-words")
         said = gr.HTML(elem_id="measure-said", elem_classes="st-said")
-    return Measure(button, words, said, gr.State(""))
+        return Measure(button, words, said, gr.State(""), gr.State(None), gr.Timer(TICK_S))
 
 
 def wire_measure(context: AppContext, card: Measure, device: Any) -> None:
@@ -43,7 +45,6 @@ def wire_measure(context: AppContext, card: Measure, device: Any) -> None:
         card: drawn.
         device: the widget of that field.
     """
-    seen = gr.State(None)
 
     @guarded("looking at the measurement")
     def watch(before: Any) -> list[Any]:
@@ -54,7 +55,8 @@ def wire_measure(context: AppContext, card: Measure, device: Any) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     card.button.click(measure, device, card.said, **quiet)
-    gr.Timer(TICK_S).tick(watch, seen, [card.button, card.words, card.said, card.measured, seen], **quiet)
+    shown = [card.button, card.words, card.said, card.measured, card.seen]
+    card.timer.tick(watch, card.seen, shown, **quiet)
 
 
 def view_measure(context: AppContext, before: Any) -> list[Any]:

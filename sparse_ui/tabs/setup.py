@@ -125,7 +125,8 @@ def _show_method(method: str) -> list[Any]:
     words = METHODS[cast(Method, method)]
     return [
         f"<span>{escape(words[0].upper() + words[1:])}</span>",
-        *(gr.update(visible=name in shown) for name in OWN_FIELDS),
+        # Out of sight and still there: a number without a value that is taken away comes back as 0.
+        *(gr.update(visible=True if name in shown else "hidden") for name in OWN_FIELDS),
     ]
 
 

@@ -32,6 +32,8 @@ class TakeAway:
     export: gr.Button
     add: gr.Button
     said: gr.HTML
+    seen: gr.State
+    timer: gr.Timer
 
 
 def draw_takeaway() -> TakeAway:
@@ -46,7 +48,7 @@ def draw_takeaway() -> TakeAway:
             export = gr.Button("Export", size="md", interactive=False, elem_id="export")
             add = gr.Button("Add these results", size="md", interactive=False, elem_id="add-results")
         said = gr.HTML(elem_id="export-said", elem_classes="st-said")
-    return TakeAway(kind, words, folder, export, add, said)
+        return TakeAway(kind, words, folder, export, add, said, gr.State(None), gr.Timer(TICK_S))
 
 
 def wire_takeaway(context: AppContext, card: TakeAway, chosen: gr.State, settle: Settle) -> None:
@@ -58,9 +60,8 @@ def wire_takeaway(context: AppContext, card: TakeAway, chosen: gr.State, settle:
         chosen: holds the ids of the chosen runs.
         settle: turns what `chosen` holds into the ids meant.
     """
-    seen = gr.State(None)
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    shown = [card.folder, card.export, card.add, card.said, seen]
+    shown = [card.folder, card.export, card.add, card.said, card.seen]
 
     @guarded("looking at the results")
     def watch(ids: list[str] | None, kind: str, before: Any) -> list[Any]:
@@ -75,7 +76,8 @@ def wire_takeaway(context: AppContext, card: TakeAway, chosen: gr.State, settle:
     card.export.click(export, [chosen, card.kind, card.folder], card.said, **quiet)
     card.add.click(add, chosen, card.said, **quiet)
     card.kind.change(lambda kind: _soft(_HELP[kind]), card.kind, card.words, **quiet)
-    gr.on([gr.Timer(TICK_S).tick, chosen.change, card.kind.change], watch, [chosen, card.kind, seen], shown, **quiet)
+    changes = [card.timer.tick, chosen.change, card.kind.change]
+    gr.on(changes, watch, [chosen, card.kind, card.seen], shown, **quiet)
 
 
 def view_takeaway(context: AppContext, ids: Sequence[str], kind: str, before: Any) -> list[Any]:

@@ -71,7 +71,15 @@ def test_train_reload_stop_and_chat(page: Page, tmp_path: Path) -> None:
         page.goto(address)
         _watch_reload_and_stop(page, tmp_path)
         _ask_both(page, "Where is the cat?")
+        _take_away(page)
     assert not errors
+    assert len(list(tmp_path.glob("*-merged/model.safetensors"))) == 1
+
+
+def _take_away(page: Page) -> None:
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.locator("#export").click(timeout=20_000)
+    expect(page.locator("#export-said")).to_contain_text("Merged model (float32): ", timeout=TRAIN_S)
 
 
 def _watch_reload_and_stop(page: Page, folder: Path) -> None:
@@ -86,6 +94,22 @@ def _watch_reload_and_stop(page: Page, folder: Path) -> None:
 
     page.locator("#stop").click()
     expect(page.locator("#progress")).to_contain_text("Stopped", timeout=TRAIN_S)
+
+
+def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: Page, tmp_path: Path) -> None:
+    with _served(tmp_path) as address:
+        page.goto(address)
+        page.get_by_text("The method in detail").click(timeout=20_000)
+        page.get_by_label("LoRA", exact=True).check()
+        expect(page.locator("#field-selection_micro_steps")).to_be_hidden()
+        page.get_by_label("SIFT", exact=True).check()
+        expect(page.locator("#field-selection_micro_steps input")).to_have_value("")
+        expect(page.locator("#plan .st-pill")).to_have_text("fits")
+        expect(page.locator("#field-magnitude")).to_be_hidden()
+        page.locator("#theme-toggle").click()
+        expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+        page.reload()
+        expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"), timeout=20_000)
 
 
 def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
