@@ -420,7 +420,7 @@ class RunSpec(BaseModel):
     ] = "auto"
     budget_gib: Annotated[
         float | None,
-        Field(gt=0),
+        Field(gt=0, le=1_000_000),
         About("memory", "Memory budget", "Most memory the run may use. Empty: all the device has.", "GiB"),
     ] = None
 

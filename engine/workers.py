@@ -36,7 +36,7 @@ from engine.units import MIB
 
 Side = Literal["base", "tuned"]
 PROJECT = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 300.0  # a first import of torch from a slow disk takes a minute; a worker that dies is seen at once
 STOP_TIMEOUT_S = 5.0
 
 
@@ -72,10 +72,8 @@ def child_process(*arguments: str, errors: IO[Any]) -> subprocess.Popen[str]:
 def start_worker(run: Run) -> int:
     """Start the worker of `run`, which goes on from the newest checkpoint if there is one.
 
-    Returns once the worker holds the run's lock.
-
     Returns:
-        The process id.
+        The process id, once the worker holds the run's lock.
 
     Raises:
         RunError: the run has a worker, or is finished.
@@ -109,9 +107,10 @@ def start_worker(run: Run) -> int:
     except KeyboardInterrupt:  # whoever gives up while it starts does not want it to run
         send_request(run, "stop")
         raise
-    tail = log_tail(run, 1).strip() or f"exit status {process.returncode}"
-    write_status(run, RunStatus("failed", detail=f"The worker ended before it began: {tail}"))
-    raise WorkerError(f"The worker of run {run.id} ended before it began: {tail}")
+    process.terminate()  # no run that is called failed goes on
+    said = f"The worker ended before it began: {log_tail(run, 1).strip() or f'exit status {process.returncode}'}"
+    write_status(run, RunStatus("failed", detail=said))
+    raise WorkerError(f"Run {run.id}: {said}")
 
 
 def start_run(spec: RunSpec) -> Run:

@@ -32,7 +32,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     gradients.add_argument("--batches", type=at_least(1), default=8, help="micro-batches looked at (default: 8)")
     landscape = add_spec_kind(kinds, "landscape", _landscape)
     landscape.add_argument("--line", type=at_least(2), default=41, help="points of the line (default: 41)")
-    landscape.add_argument("--grid", type=at_least(2), default=15, help="points of a side of the plane (default: 15)")
+    landscape.add_argument("--grid", type=at_least(2, 500), default=15, help="points of the plane's side (default: 15)")
     landscape.add_argument("--rows", type=at_least(1), default=16, help="rows the loss is read on (default: 16)")
     ages = add_kind(kinds, "ages", _ages)
     ages.add_argument("run", nargs="+", help="id or folder of a run of SpIEL, or of SIFT that chooses anew")
@@ -72,6 +72,11 @@ def _ages(options: Options) -> int:
 
 def _dense_spec(options: Options) -> RunSpec:
     spec = spec_of(options)
+    if spec.task != "causal":
+        raise EngineError(
+            f"analyse {options.kind} reads the loss of a text's next tokens, got task={spec.task}. Leave task away, "
+            "and give a causal language model and a dataset for one."
+        )
     if spec.quantization != "none":
         raise EngineError(
             f"analyse {options.kind} compares dense weights with random ones, got quantization={spec.quantization}. "

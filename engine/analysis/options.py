@@ -38,12 +38,14 @@ def add_spec_kind(kinds: Any, kind: Kind, command: Command) -> argparse.Argument
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return the reading of a whole number that has a least value."""
+def at_least(least: int, most: int = 10_000) -> Callable[[str], int]:
+    """Return the reading of a whole number in [least, most]; beyond `most` no analysis would end."""
 
     def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
+        if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text!r}")
         return int(text)
 
     return parse

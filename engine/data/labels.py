@@ -1,7 +1,8 @@
 """Rows of classification: one or two texts and a label. Never torch.
 
 Labels are the classes that a dataset names (a Hub dataset's ClassLabel), the strings or whole numbers that its rows to
-train on hold, or, where they are numbers with a fraction, targets of a regression, as in STS-B.
+train on hold, or, where they are numbers with a fraction, targets of a regression, as in STS-B. Cells of a CSV file are
+text: an empty one is no label, and one that reads as a number is that number.
 """
 
 import math
@@ -49,14 +50,14 @@ class Labels:
         Raises:
             UnusableRowError: there is no label, or none that the rows to train on have.
         """
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if _is_empty(value):
             raise UnusableRowError("no label")
         if self.names:
             if value in self.values:
                 return self.values.index(value)
             raise UnusableRowError("no label" if value == UNLABELLED else "unknown label")
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
+        if (number := _number(value)) is not None:
+            return number
         raise UnusableRowError("no label")
 
     def word_of(self, number: float) -> str:
@@ -127,7 +128,7 @@ def read_labels(name: str, rows: "datasets.Dataset", column: str) -> Labels:
             f"Column {column!r} of dataset {name!r} holds a {type(other[0]).__name__} a row, and a label is a string "
             "or a number. Name another: columns={label: ...}."
         )
-    found = [value for value in rows.unique(column) if value is not None and value == value]
+    found = [value for value in rows.unique(column) if not _is_empty(value)]
     if not found or set(found) == {UNLABELLED}:
         raise DatasetError(
             f"Dataset {name!r} has no labels in column {column!r}: every row holds "
@@ -135,7 +136,8 @@ def read_labels(name: str, rows: "datasets.Dataset", column: str) -> Labels:
         )
     if named_classes:
         return Labels(tuple(named_classes), tuple(range(len(named_classes))))
-    if any(isinstance(value, float) and not value.is_integer() for value in found):
+    numbers = {value: _number(value) for value in found}
+    if None not in numbers.values() and any(number % 1 for number in numbers.values() if number is not None):
         return Labels()
     if len(found) == 1:
         raise DatasetError(
@@ -147,8 +149,21 @@ def read_labels(name: str, rows: "datasets.Dataset", column: str) -> Labels:
             f"Column {column!r} of dataset {name!r} has {len(found):,} different labels, and at most {MOST_LABELS:,} "
             "can be told apart. Name another: columns={label: ...}."
         )
-    values = sorted(found, key=lambda value: (isinstance(value, str), value))
+    values = sorted(found, key=lambda value: (numbers[value] is None, numbers[value] or 0.0, str(value)))
     return Labels(tuple(_word(value) for value in values), tuple(values))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _number(value: Any) -> float | None:
+    """Return the number that a cell is, or, as text, reads as; None where there is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _word(value: Any) -> str:

@@ -228,6 +228,11 @@ def build_shape(
             f"config.json of {source!r} has no usable {missing}, so it is no language model that can be planned. "
             "Give a causal language model in the Hugging Face layout."
         ) from None
+    if task == "causal" and numbers.family in ENCODERS and not config.get("is_decoder"):
+        raise ModelError(
+            f"{source!r} is an encoder ({numbers.family}), which reads a text from both sides and cannot go on with "
+            "one. Set task=classification, or give a causal language model."
+        )
     tied = is_tied(numbers)
     if tensors is not None:
         tensors = language_tensors(_parameters(tensors), config)

@@ -4,6 +4,7 @@ Beside `blockwise.py` the only file that knows bitsandbytes. qSpIEL (arXiv:2401.
 compute with dequantise(W) + delta, rebuilt for the length of each use.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# At each import it asks for an optional kernel by the name of a package that nobody here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
 NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation

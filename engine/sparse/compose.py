@@ -25,11 +25,16 @@ def scale(delta: SparseDelta, factor: float) -> SparseDelta:
         factor: 1 is the delta itself, -1 its negative, 0.5 half of the change.
 
     Raises:
-        DeltaError: `factor` is not a finite number.
+        DeltaError: `factor` is not a finite number, or so large that a value overflows fp32.
     """
     if not math.isfinite(factor):
         raise DeltaError(f"The factor of a delta must be a finite number, got {factor}. 1 leaves the delta as it is.")
-    return replace(delta, tensors={name: (at, values * factor) for name, (at, values) in delta.tensors.items()})
+    tensors = {name: (at, values * factor) for name, (at, values) in delta.tensors.items()}
+    if not all(values.isfinite().all() for _, values in tensors.values()):
+        raise DeltaError(
+            f"Times {factor:g} the delta's values overflow fp32. Give a smaller factor; 1 is the delta itself."
+        )
+    return replace(delta, tensors=tensors)
 
 
 def add(deltas: Sequence[SparseDelta]) -> SparseDelta:

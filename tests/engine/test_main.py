@@ -70,6 +70,24 @@ def test_budget_that_is_too_small_names_need_budget_and_remedy(capsys: pytest.Ca
     assert "raise budget_gib" in said
 
 
+def test_budget_beyond_every_machine_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, "plan", "demo", "--set", "budget_gib=1e300")
+    assert said == "Error: budget_gib must be in (0, 1000000], got 1e+300.\n"
+
+
+def test_encoder_without_the_task_names_it(capsys: pytest.CaptureFixture[str], encoder_folder: Path) -> None:
+    said = _said(capsys, "plan", "--set", f"model={encoder_folder}")
+    assert f"is an encoder ({encoder_folder.name}), which reads a text from both sides and cannot go on" in said
+    assert "Set task=classification" in said
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m engine fields | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("model (required)\n", "")
+
+
 def test_missing_dataset_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dataset is missing" in _said(capsys, "train", "--set", "model=demo")
 

@@ -70,6 +70,7 @@ def test_landscape_is_measured_and_reported(small: list[str], capsys: pytest.Cap
     [
         (["gradients", "--set", "model=demo"], "dataset is missing"),
         (["gradients", "demo", "--set", "quantization=nf4"], "got quantization=nf4. Set quantization=none."),
+        (["gradients", "demo", "--set", "task=classification"], "got task=classification. Leave task away"),
         (["landscape", "demo", "--set", "budget_gib=0.1"], "and the budget is 102.4 MiB"),
         (["landscape", "demo", "--out", "taken"], "--out must be a new or empty folder, got 'taken'"),
         (["gradients", "demo", "--set", "density=5"], "density must be in (0, 1], got 5."),
@@ -89,6 +90,9 @@ def test_counts_must_be_whole_numbers(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["analyse", "gradients", "demo", "--batches", "0"])
     assert "must be a whole number of at least 1, got '0'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["analyse", "landscape", "demo", "--grid", "99999999"])
+    assert "must be at most 500, got '99999999'" in capsys.readouterr().err
 
 
 def test_error_in_the_worker_is_said_and_leaves_no_folder(

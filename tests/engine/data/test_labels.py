@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from engine.data.batches import PreparedData, prepare_data, step_batches
+from engine.data.columns import UnusableRowError
 from engine.data.formats import recognise
 from engine.data.labels import Labels, read_labels, split_pair
 from engine.data.preview import preview_dataset
@@ -73,6 +74,15 @@ def test_labels_are_classes_strings_whole_numbers_or_a_regression() -> None:
     assert read_labels("x", _rows([2.0, 0.0]), "label").names == ("0", "2")
     assert read_labels("x", _rows([3.8, 1.0]), "label") == Labels()
     assert Labels(("0", "2"), (0.0, 2.0)).number_of(2) == 1
+
+
+def test_numbers_as_text_are_numbers_and_an_empty_cell_is_no_label() -> None:
+    """As a CSV file gives them, whose cells are all text."""
+    assert read_labels("x", _rows(["3.8", "1", ""]), "label") == Labels()
+    assert Labels().number_of("3.8") == 3.8
+    assert read_labels("x", _rows(["10", " ", "9"]), "label").names == ("9", "10")
+    with pytest.raises(UnusableRowError, match="no label"):
+        Labels(("9", "10"), ("9", "10")).number_of("")
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,5 @@ def test_no_delta_and_no_number_are_refused(tiny_llama: LlamaForCausalLM) -> Non
         add([])
     with pytest.raises(DeltaError, match="finite number, got nan"):
         scale(_delta(tiny_llama, 1), float("nan"))
+    with pytest.raises(DeltaError, match=r"Times 1e\+300 the delta's values overflow fp32"):
+        scale(_delta(tiny_llama, 1), 1e300)

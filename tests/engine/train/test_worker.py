@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import runs, workers
-from engine.errors import RunError
+from engine.errors import RunError, WorkerError
 from engine.events import DataPrepared, Evaluated, Event, ModelLoaded, StateChanged, Stepped
 from engine.runs import Run
 from engine.spec import RunSpec
@@ -161,6 +161,16 @@ def test_stop_before_the_first_step_keeps_no_half_figures(make: Start) -> None:
     workers.start_worker(run)
     _wait_for_end(run)
     assert runs.read_report(run)["evaluation_loss"]["base"] is not None
+
+
+def test_worker_that_does_not_begin_in_time_is_ended_and_said(make: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "START_TIMEOUT_S", 0.2)
+    run = make()
+    with pytest.raises(WorkerError, match=f"Run {run.id}: The worker ended before it began"):
+        workers.start_worker(run)
+    time.sleep(1.0)
+    assert runs.read_status(run).state == "failed"
+    assert not runs.has_worker(run)
 
 
 def test_failure_is_one_sentence_in_the_status(make: Start, tmp_path: Path) -> None:
