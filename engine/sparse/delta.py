@@ -88,8 +88,9 @@ class SparseDelta:
             )
         require_base(self.info, {name: weights[name] for name in self.tensors})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write delta.safetensors (`<parameter>.indices`, `<parameter>.values`) and delta.json into `folder`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         flat = {}
         for name, (indices, values) in self.tensors.items():
@@ -98,12 +99,13 @@ class SparseDelta:
         (folder / "delta.json").write_text(json.dumps(asdict(self.info), indent=1), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "SparseDelta":
+    def load(cls, folder: str | Path) -> "SparseDelta":
         """Read what `save` wrote.
 
         Raises:
             DeltaError: a file is missing or damaged, a newer version wrote it, or it is no sparse delta.
         """
+        folder = Path(folder)
         info = read_info(folder)
         if info.method in BASELINES:
             raise DeltaError(

@@ -57,8 +57,8 @@ def _tuned(model: LlamaForCausalLM) -> SparseDelta:
 
 def test_saved_delta_applies_and_restores_the_base_bit_for_bit(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     base = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
-    _tuned(tiny_llama).save(tmp_path)
-    applied = SparseDelta.load(tmp_path).apply(tiny_llama)
+    _tuned(tiny_llama).save(str(tmp_path))  # as a library is called: a folder by its name
+    applied = SparseDelta.load(str(tmp_path)).apply(tiny_llama)
     changed = sum(int((tensor != base[name]).sum()) for name, tensor in tiny_llama.state_dict().items())
     assert changed == sum(entry.num_active for entry in applied)
     for entry in applied:
