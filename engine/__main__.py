@@ -141,6 +141,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
+    if options.runs != "runs" and not Path(options.runs).is_dir():
+        raise EngineError(
+            f"There is no folder {options.runs!r} that could hold runs. Give the one that runs were made in."
+        )
     runs.reconcile(options.runs)
     found = runs.list_runs(options.runs)
     if options.json:

@@ -84,7 +84,8 @@ def start_worker(run: Run) -> int:
     if read_status(run).state == "finished":
         raise RunError(f"Run {run.id} is finished. Start a new run to train further.")
     take_request(run, "stop")
-    write_status(run, RunStatus("queued"))
+    before = read_status(run)
+    write_status(run, RunStatus("queued", step=before.step, total_steps=before.total_steps))
     with run.log_path.open("ab") as log:
         process = subprocess.Popen(
             command_of("worker", str(run.path)),

@@ -104,8 +104,9 @@ def _chosen(parts: list[str], spec: RunSpec, name: str) -> tuple[str, str | None
     """The part to train on, and the part that is held out, if there is one."""
     wanted = spec.dataset_split.partition("[")[0]
     if wanted not in parts:
+        offered = "train" if "train" in parts else next((part for part in parts if part not in HELD_OUT), parts[0])
         raise DatasetError(
-            f"Dataset {name!r} has no part {wanted!r}: it has {', '.join(parts)}. Set dataset_split={parts[0]}."
+            f"Dataset {name!r} has no part {wanted!r}: it has {', '.join(parts)}. Set dataset_split={offered}."
         )
     return spec.dataset_split, next((part for part in HELD_OUT if part in parts and part != wanted), None)
 

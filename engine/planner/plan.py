@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from engine.errors import BudgetError
+from engine.errors import BudgetError, TargetsError
 from engine.hardware import Device, main_memory_bytes, resolve_device
 from engine.planner.calibration import calibrated, rate_for
 from engine.planner.cards import card_device
@@ -11,7 +11,7 @@ from engine.planner.remedies import find_remedies
 from engine.planner.shape import ModelShape, read_shape
 from engine.planner.traced_plan import with_trace
 from engine.planner.workload import dtype_of
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 from engine.units import format_bytes
 
 __all__ = ["LABELS", "Plan", "Remedy", "make_plan", "plan_device", "plan_table", "require_fit"]
@@ -36,7 +36,7 @@ def plan_device(spec: RunSpec, card: str | None = None) -> Device:
     Raises:
         DeviceError: there is no such card, or the device is not here.
     """
-    return card_device(card) if card else calibrated(resolve_device(spec.device))
+    return calibrated(resolve_device(spec.device)) if card is None else card_device(card)
 
 
 def make_plan(
@@ -55,7 +55,7 @@ def make_plan(
     Raises:
         ModelError: the model cannot be found or read.
         HubUnreachableError: it is on the Hub, which does not answer.
-        TargetsError: `targets` match no weight.
+        TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
         DeviceError: the device is not here, or there is no such card.
     """
     device = plan_device(spec, card)
@@ -63,6 +63,11 @@ def make_plan(
     if longest_row is not None:
         spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, longest_row)})
     plan = with_time(estimate(spec, shape, device), spec, shape, device)
+    if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
+        raise TargetsError(
+            f"num_trainable must be at most {plan.target_numel:,}, the entries of the targets, got "
+            f"{spec.num_trainable:,}. Lower it, or name more targets."
+        )
     if with_remedies:
         plan = replace(plan, remedies=find_remedies(spec, shape, device, plan))
     return plan if shape.exact else with_trace(plan, spec, device)

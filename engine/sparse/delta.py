@@ -142,8 +142,9 @@ def read_info(folder: Path) -> DeltaInfo:
 
 
 def _unreadable(folder: Path, error: Exception) -> DeltaError:
+    why = "there is none" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
     return DeltaError(
-        f"{str(folder)!r} holds no delta that can be read ({type(error).__name__}: {error}). "
+        f"{str(folder)!r} holds no delta that can be read ({why}). "
         "A run that finished or was stopped has one in its delta/ folder."
     )
 

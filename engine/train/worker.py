@@ -36,6 +36,7 @@ from engine.runs import (
     latest_checkpoint,
     read_events,
     read_spec,
+    read_status,
     run_lock,
     take_request,
     write_json,
@@ -65,7 +66,14 @@ class Journal:
         process = psutil.Process()
         self.run = run
         self._events = EventWriter(run.events_path)
-        self._status = RunStatus("queued", pid=process.pid, create_time=process.create_time())
+        before = read_status(run)  # a run that goes on is where it was until its first step
+        self._status = RunStatus(
+            "queued",
+            pid=process.pid,
+            create_time=process.create_time(),
+            step=before.step,
+            total_steps=before.total_steps,
+        )
         self._stop = False
         self._written_s = 0.0
 

@@ -96,6 +96,10 @@ def test_unknown_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no run 'nope'" in _said(capsys, "stop", "nope")
 
 
+def test_a_folder_of_runs_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "There is no folder" in _said(capsys, "runs", "--runs", str(tmp_path / "nope"))
+
+
 def _train(*arguments: str) -> tuple[int, dict[str, Any], str]:
     """Run `train --json` as a process; return its status, the object of its last line, and what it said."""
     command = [sys.executable, "-m", "engine", "train", *arguments, "--json"]

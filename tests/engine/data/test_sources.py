@@ -139,6 +139,13 @@ def test_absent_part_is_told_with_those_that_are_there(write: Any) -> None:
         load_source(spec(write("a.jsonl", ROWS), dataset_split="validation"))
 
 
+def test_of_the_parts_that_are_there_the_one_to_train_on_is_offered(tmp_path: Path) -> None:
+    for part in ("test", "train"):
+        (tmp_path / f"{part}.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(DatasetError, match=r"Set dataset_split=train\."):
+        load_source(spec(str(tmp_path), dataset_split="foo"))
+
+
 def test_a_wrong_slice_is_told_with_an_example(write: Any) -> None:
     with pytest.raises(DatasetError, match=r"dataset_split 'train\[a:b\]' .* For example train\[:100\]\."):
         load_source(spec(write("a.jsonl", ROWS), dataset_split="train[a:b]"))

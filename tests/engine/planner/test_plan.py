@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import BudgetError
+from engine.errors import BudgetError, TargetsError
 from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.plan import LABELS, make_plan, plan_table, require_fit
@@ -155,6 +155,12 @@ def test_entries_that_leave_the_choice_are_planned_for(config_folder: Callable[.
     again = estimate(spec.model_copy(update={"reselection_period": 10}), shape, CARD)
     assert again.host_bytes - once.host_bytes == 4 * (4 + 4 + 2) * once.num_active
     assert again.parts["optimizer_states"] == 3 * 4 * once.num_active
+
+
+def test_more_entries_than_the_targets_have_are_refused(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), device="cpu", num_trainable=10**11)
+    with pytest.raises(TargetsError, match=r"at most 6,476,005,376, the entries of the targets, got 100,000,000,000"):
+        make_plan(spec)
 
 
 def test_other_families_have_a_wide_range_and_say_so(config_folder: Callable[..., str]) -> None:
