@@ -123,7 +123,7 @@ def _time_words(plan: Plan) -> str:
         return f"{plan.rate_note.partition('. ')[0]}. Measure this computer, under {FOLDED_MEMORY}."
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", all {format_duration(plan.run_s)}"
-    return f"A step of full rows takes about {step}{run}."
+    return f"A step of full rows takes about {step}{run}; shorter rows take less."
 
 
 def remedy_line(name: str, saved_bytes: int, cost: str) -> str:
