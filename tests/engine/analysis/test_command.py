@@ -99,7 +99,7 @@ def test_error_in_the_worker_is_said_and_leaves_no_folder(
     monkeypatch: pytest.MonkeyPatch, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("odd.jsonl").write_text('{"a": 1, "b": 2}\n')
-    monkeypatch.setattr(workers, "_command", lambda _name, folder: [sys.executable, "-c", _PROGRAM, folder])
+    monkeypatch.setattr(workers, "command_of", lambda _name, folder: [sys.executable, "-c", _PROGRAM, folder])
     assert main(["analyse", "gradients", "--set", f"model={model_folder}", "--set", "dataset=odd.jsonl"]) == 2
     assert "The weights are odd." in capsys.readouterr().err
     assert not any(Path("analyses").iterdir())
@@ -108,7 +108,7 @@ def test_error_in_the_worker_is_said_and_leaves_no_folder(
 def test_death_of_the_worker_is_said_with_its_log(
     monkeypatch: pytest.MonkeyPatch, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(workers, "_command", lambda _name, _folder: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(workers, "command_of", lambda _name, _folder: [sys.executable, "-c", "raise SystemExit(3)"])
     assert main(["analyse", "gradients", *small, "--out", "here"]) == 2
     assert "The analysis process ended before its result; " in capsys.readouterr().err
     assert Path("here", "output.log").exists()
