@@ -115,7 +115,8 @@ def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: P
 def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
     with _served(tmp_path) as address:
         page.goto(address)
-        page.get_by_label("SpIEL-AG").check(timeout=20_000)
+        expect(page.locator("#plan .st-pill")).to_have_text("fits", timeout=30_000)  # the form is filled
+        page.get_by_label("SpIEL-AG").check()
         expect(page.locator("#field-period")).to_be_visible()
         page.get_by_label("NF4").check()
         page.get_by_text("Training, schedule and evaluation").click()
