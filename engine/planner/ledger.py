@@ -12,8 +12,6 @@ from typing import Any
 RESIDENT = ("parameters", "values", "indices", "gradients", "optimizer_states")
 PARTS = (*RESIDENT, "saved_activations", "transients", "workspace")
 LOGITS = "logits"  # told apart from the saved activations, which the paper's figure is without
-DENSE_GRADIENTS, DEQUANTISED = "dense_gradients", "dequantised"  # parts of the transients that are told apart
-INPUTS = "inputs"  # the micro-batch itself, on the device
 HOST = "host"  # in main memory beside a run on a GPU
 FORWARD, LOSS, LOSS_BACKWARD, BACKWARD = "forward", "loss", "backward of the loss", "backward"
 SELECTION, OPTIMIZER, WRITE_BACK = "selection", "optimizer step", "write-back"
