@@ -43,16 +43,18 @@ def _served(folder: Path, *arguments: str) -> Iterator[str]:
     command = [sys.executable, "app.py", "--port", "0", "--no-browser", "--runs", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     app = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert app.stdout is not None
-    line = app.stdout.readline()
-    match = re.fullmatch(r"Sparse tuning is at (http://127\.0\.0\.1:\d+)\n", line)
-    assert match, line
-    yield match[1]
-    app.terminate()
-    app.wait(20)
-    for run in runs.list_runs(folder):
-        runs.send_request(run, "stop")
-        workers.wait_for_end(run)
+    try:
+        assert app.stdout is not None
+        line = app.stdout.readline()
+        match = re.fullmatch(r"Sparse tuning is at (http://127\.0\.0\.1:\d+)\n", line)
+        assert match, line
+        yield match[1]
+    finally:  # also where the body fails: an app that stays would slow down all tests after it
+        app.terminate()
+        app.wait(20)
+        for run in runs.list_runs(folder):
+            runs.send_request(run, "stop")
+            workers.wait_for_end(run)
 
 
 def _ask_both(page: Page, question: str) -> None:
