@@ -25,6 +25,7 @@ FLAGS = [
     "--no-first-run",
 ]
 TRAIN_S, CHAT_S = 60_000, 60_000  # milliseconds, on two slow cores
+expect.set_options(timeout=20_000)  # Playwright's five seconds are few beside a run on two cores
 POINTS = "#plot-loss .scatterlayer .trace"
 pytestmark = [pytest.mark.ui, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this computer")]
 
