@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.examples import lengths_of
 from engine.data.labels import LabelledText
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ class LabelledExamples(Sequence[LabelledExample]):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, (examples,)."""
-        ends = np.asarray(self._ends, dtype=np.int64)
-        lengths: NDArray[np.int64] = ends - np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        return lengths
+        return lengths_of(self._ends)
 
     @property
     def labelled_tokens(self) -> int:

@@ -27,6 +27,13 @@ class Example:
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
+def lengths_of(ends: Sequence[int]) -> NDArray[np.int64]:
+    """Return the lengths, (n,), of parts that lie one behind the other and end at `ends`."""
+    at = np.asarray(ends, dtype=np.int64)
+    lengths: NDArray[np.int64] = at - np.concatenate([np.zeros(1, np.int64), at[:-1]])
+    return lengths
+
+
 class Examples(Sequence[Example]):
     """A sequence of examples in three flat arrays: ids, whether each carries loss, and where each example ends.
 
@@ -52,9 +59,7 @@ class Examples(Sequence[Example]):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, (examples,)."""
-        ends = np.asarray(self._ends, dtype=np.int64)
-        lengths: NDArray[np.int64] = ends - np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        return lengths
+        return lengths_of(self._ends)
 
     def append(self, example: Example) -> None:
         """Add one example at the end."""
