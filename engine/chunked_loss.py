@@ -161,8 +161,8 @@ def chunked_causal_loss(
     tokens = places + places // (length - 1)
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     body: Any = getattr(model, str(model.base_model_prefix))
-    hidden = body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    chosen = hidden.index_select(0, tokens.to(device))
+    # No name for the states of all tokens: once those that predict are taken, nobody needs them.
+    chosen = body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, tokens.to(device))
     loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         chosen, layer.weight, layer.bias, labels[places].to(device), layer
     )

@@ -22,11 +22,20 @@ def print_plan(plan: Plan) -> None:
     print(f"{'Between':<28}{format_bytes(plan.lower_bytes):>12}   and {format_bytes(plan.upper_bytes)}")
     print(f"{'Reserved':<28}{format_bytes(plan.reserved_bytes):>12}   at least {format_bytes(plan.minimum_bytes)}")
     print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
+    if plan.recompute != "nothing":
+        print(f"{'Recomputed':<28}{recompute_words(plan)}")
     print(time_line(plan))
     if plan.note:
         print(plan.note)
     for remedy in plan.remedies:
         print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}; {remedy.cost}")
+
+
+def recompute_words(plan: Plan) -> str:
+    """Return what the backward makes again."""
+    count = "all" if plan.recompute_blocks is None else f"the first {plan.recompute_blocks}"
+    more = {"mlp": f", gate and up in {count} blocks", "blocks": f", gate and up, {count} blocks as a whole"}
+    return f"norm outputs, activation products{more.get(plan.recompute, '')}"
 
 
 def time_line(plan: Plan) -> str:

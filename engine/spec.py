@@ -386,6 +386,23 @@ class RunSpec(BaseModel):
             rule="true or false",
         ),
     ] = False
+    recompute: Annotated[
+        Literal["nothing", "elementwise", "mlp", "blocks", "auto"],
+        About(
+            "memory",
+            "Recompute",
+            "What the backward makes again instead of finding it kept. nothing: only what the model's own code "
+            "recomputes; elementwise: norm outputs and activation products, at next to no cost; mlp: also gate and up "
+            "of the first recompute_blocks blocks; blocks: the first recompute_blocks blocks as a whole, as "
+            "checkpointing does with all; auto: as little as fits the budget. elementwise and mlp are for the sparse "
+            "methods, on Llama, Mistral, Qwen 2 and 3, Gemma and Phi.",
+        ),
+    ] = "nothing"
+    recompute_blocks: Annotated[
+        int | None,
+        Field(ge=1),
+        About("memory", "Recomputed blocks", "Of mlp and blocks: how many. Empty: all.", "blocks", detail=True),
+    ] = None
     chunked_loss: Annotated[
         bool,
         About(

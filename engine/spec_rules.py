@@ -71,6 +71,11 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             f"{spec.structure!r}. Use structure=free, or allocation=uniform."
         )
     problems |= _task_problems(spec)
+    if spec.recompute in ("elementwise", "mlp") and spec.method in BASELINES:
+        problems["recompute"] = (
+            f"recompute must be nothing, blocks or auto for {spec.method}, whose layers are the library's own, got "
+            f"{spec.recompute!r}. Use recompute=blocks, or a sparse method."
+        )
     if spec.structure != "free" and spec.allocation == "global":
         problems["structure"] = (
             "structure must be free with allocation=global, which ranks single entries over all weights, got "

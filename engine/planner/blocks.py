@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from engine.planner.activations import FP32_BYTES, Kernel, Setting
 from engine.planner.operations import INT64_BYTES, LinearWeight, Operations
+from engine.planner.recompute import Kept
 from engine.planner.shape import ModelShape
 from engine.planner.tape import Backward, Held, Value
 
@@ -28,7 +29,7 @@ class Segment:
 
 @lru_cache(maxsize=256)
 def block_segment(
-    shape: ModelShape, setting: Setting, kernel: Kernel, weights: Weights, entered: bool, buffer: int
+    shape: ModelShape, setting: Setting, kernel: Kernel, weights: Weights, kept: Kept, entered: bool, buffer: int
 ) -> Segment:
     """Return what one block keeps and takes.
 
@@ -37,16 +38,17 @@ def block_segment(
         setting: of the micro-batch.
         kernel: of this block's attention.
         weights: of this block.
+        kept: what of it is kept for the backward.
         entered: whether the gradient goes on into its input.
         buffer: bytes of the buffer for dense gradients when its backward begins.
     """
-    return _Block(shape, setting, kernel, weights).segment(entered, buffer)
+    return _Block(shape, setting, kernel, weights, kept).segment(entered, buffer)
 
 
 @lru_cache(maxsize=64)
 def head_segment(shape: ModelShape, setting: Setting, weights: Weights, entered: bool, with_logits: bool) -> Segment:
     """Return what the last norm and, unless the loss is made in chunks, the output layer keep and take."""
-    block = _Block(shape, setting, "eager", weights)
+    block = _Block(shape, setting, "eager", weights, Kept())
     x = block.input(shape.hidden, wanted=entered, outside=False)
     y = block.norm(x, "final")
     if with_logits:
@@ -57,9 +59,9 @@ def head_segment(shape: ModelShape, setting: Setting, weights: Weights, entered:
 class _Block(Operations):
     """Writes one block."""
 
-    def __init__(self, shape: ModelShape, setting: Setting, kernel: Kernel, weights: Weights) -> None:
+    def __init__(self, shape: ModelShape, setting: Setting, kernel: Kernel, weights: Weights, kept: Kept) -> None:
         self._weights: Mapping[str, LinearWeight] = dict(weights)
-        super().__init__(setting, {name: each.trained for name, each in weights if each.trained is not None})
+        super().__init__(setting, {name: each.trained for name, each in weights if each.trained is not None}, kept)
         self.shape, self.kernel, self.layout = shape, kernel, shape.layout
         self.names = shape.layout.names
 
@@ -67,7 +69,7 @@ class _Block(Operations):
         return self._weights.get(name, _PLAIN)
 
     def segment(self, entered: bool, buffer: int) -> Segment:
-        x = self.input(self.shape.hidden, wanted=entered, outside=self.setting.checkpointing)
+        x = self.input(self.shape.hidden, wanted=entered, outside=not self.kept.inside)
         y = self._serial(x) if self.layout.branches == "serial" else self._parallel(x)
         return Segment(self.tape.saved_bytes, self.tape.forward_peak, self.tape.backward(y, buffer))
 
@@ -138,7 +140,14 @@ class _Block(Operations):
         if layout.experts:
             return self._experts(x)
         hidden, ffn = shape.hidden, shape.ffn
-        if layout.fused_gate:
+        if self.kept.lean:
+            firsts = (names.gate, names.up) if layout.gated and not layout.fused_gate else (names.up,)
+            parts = [
+                self.linear(x, hidden, ffn * (2 if layout.fused_gate else 1), self.weight(name)) for name in firsts
+            ]
+            shared = layout.branches == "shared" or any(self.weight(name).trained for name in firsts)
+            y = self.made_product(x, parts, layout.activation, gated=layout.gated, shared=shared)
+        elif layout.fused_gate:
             both = self.linear(x, hidden, 2 * ffn, self.weight(names.up))
             gate, up = self.tape.split(both, (both.num_bytes // 2,) * 2)
             y = self.product(up, self.activation(gate, layout.activation))

@@ -19,9 +19,9 @@ def step_flops(work: Workload) -> float:
     For each micro-batch of T tokens: the forward of each matrix of P entries takes 2 P T, of attention
     4 s q T a layer (scores and weighted values; half where the kernel skips the masked half). The backward takes as
     much again for the gradient of the inputs in the blocks that a gradient reaches, twice for attention, and 2 P T for
-    the dense gradient of each target matrix, of which the selected entries are taken. Checkpointing computes the
-    blocks' forward once more. Adapters: 6 operations an entry and token. Left out, a few percent: norms, activations,
-    the optimizer's step.
+    the dense gradient of each target matrix, of which the selected entries are taken. What is not kept is computed once
+    more: a block's forward, or its first products of the MLP. Adapters: 6 operations an entry and token. Left out, a
+    few percent: norms, activations, the optimizer's step.
     """
     shape, setting = work.shape, work.setting
     matrices = _matrix_entries(shape)
@@ -31,9 +31,17 @@ def step_flops(work: Workload) -> float:
     reached = [2 * entries + 2 * attention for entries in matrices[work.lowest :]]
     dense = 0 if work.adapted else 2 * _dense_entries(work)
     adapters = 6 * work.num_active if work.adapted else 0
-    recomputed = forward if setting.checkpointing else 0
+    recomputed = sum(_recomputed(work, layer, 2 * entries + attention) for layer, entries in enumerate(matrices))
     per_token = forward + recomputed + sum(reached) + 4 * head + dense + adapters
     return per_token * setting.tokens * work.spec.gradient_accumulation
+
+
+def _recomputed(work: Workload, layer: int, forward: float) -> float:
+    """Return the operations a token that the backward of a block does again, `forward` being those of its forward."""
+    kept, shape = work.kept[layer], work.shape
+    if not kept.inside:
+        return forward
+    return 0.0 if kept.gates else 2 * shape.hidden * shape.ffn * (2 if shape.layout.gated else 1)
 
 
 def _visited(shape: ModelShape, sizes: tuple[int, ...]) -> float:

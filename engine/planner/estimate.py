@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from engine.hardware import Device, budget_bytes_of
-from engine.planner import formulas
+from engine.planner import formulas, recompute
 from engine.planner.duration import step_flops
 from engine.planner.moments import after_forward_bytes, host_bytes, run_moments
 from engine.planner.shape import ModelShape
@@ -49,10 +49,11 @@ class Plan:
 
     `parts_after_forward`: the same names at the end of a forward, the logits dropped. `reserved_bytes`: what the
     allocator takes from the device at the peak, and `minimum_bytes` the least limit on it under which a step succeeds;
-    both without `context`. `flops`: operations of one optimizer step, over `tokens` tokens. `step_s` and `run_s`:
-    seconds, where `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the
-    selection, or states kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
-    family of models; `note` says so where they were not.
+    both without `context`. `recompute` and `recompute_blocks`: as in the spec, or what its auto comes to. `flops`:
+    operations of one optimizer step, over `tokens` tokens. `step_s` and `run_s`: seconds, where `rate_note` says what
+    rate was measured; None where none was. `host_bytes`: main memory that the selection, or states kept there, need
+    beside a run on a GPU. `exact`: whether the closed forms were checked on this family of models; `note` says so where
+    they were not.
     """
 
     parts: dict[str, int]
@@ -75,9 +76,15 @@ class Plan:
     minimum_bytes: int
     flops: float
     tokens: int
+    recompute: str
+    recompute_blocks: int | None
     step_s: float | None = None
     run_s: float | None = None
     rate_note: str = ""
+
+    def settle(self, spec: RunSpec) -> RunSpec:
+        """Return the spec of the plan with what it left open decided."""
+        return spec.model_copy(update={"recompute": self.recompute, "recompute_blocks": self.recompute_blocks})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""
@@ -85,11 +92,14 @@ class Plan:
 
 
 def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
-    """Return the plan of `spec` without remedies.
+    """Return the plan of `spec` without remedies; where it leaves open what is recomputed, of as little as fits.
 
     Raises:
         TargetsError: `targets` match no weight.
     """
+    spec = recompute.resolved(
+        spec, shape.family, shape.layers, lambda each: estimate(each, shape, device).verdict == "fits"
+    )
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total)
@@ -124,6 +134,8 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         minimum_bytes=formulas.reserved_bytes(allocated, moment.saved + moment.transient, fragments=MINIMUM_FRAGMENTS),
         flops=step_flops(work),
         tokens=work.setting.tokens * spec.gradient_accumulation,
+        recompute=spec.recompute,
+        recompute_blocks=spec.recompute_blocks,
     )
 
 

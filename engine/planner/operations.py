@@ -5,17 +5,34 @@ transformers 5.23 computes, in its order, under PyTorch 2.13: the reciprocal roo
 inputs, the score matrices of eager attention are values of their own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from engine.planner.activations import FP32_BYTES, Kernel, Setting, up_to
 from engine.planner.formulas import dequantised_bytes
+from engine.planner.recompute import Kept
 from engine.planner.tape import Held, Tape, Value, Weight
 
 INT64_BYTES = 8
 _LANES = 32  # the memory-efficient kernel rounds the log-sum-exps of a row up to this (PyTorch, attention.cu)
 Activation = Literal["silu", "gelu", "gelu_new"]
+
+
+@dataclass(frozen=True, slots=True)
+class _ActivationSizes:
+    """Tensors beside input and result, of their size: while its backward makes it again; while it is made alone."""
+
+    scratch: int
+    making: int
+
+
+# gelu_new is seven operations, of which half times x, tanh and 1 + tanh are kept.
+_ACTIVATION_SIZES: Mapping[Activation, _ActivationSizes] = {
+    "silu": _ActivationSizes(1, 0),
+    "gelu": _ActivationSizes(1, 0),
+    "gelu_new": _ActivationSizes(6, 3),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +60,15 @@ class LinearWeight:
 class Operations:
     """Notes operations of one micro-batch on a tape."""
 
-    def __init__(self, setting: Setting, trained: Mapping[str, Weight]) -> None:
-        """Begin a tape; `trained`: the weights that are trained, but for those of linear layers, by name."""
-        self.tape, self.setting, self.trained = Tape(), setting, trained
+    def __init__(self, setting: Setting, trained: Mapping[str, Weight], kept: Kept) -> None:
+        """Begin a tape.
+
+        Args:
+            setting: of the micro-batch.
+            trained: the weights that are trained, but for those of linear layers, by name.
+            kept: what of the operations is kept for their backward.
+        """
+        self.tape, self.setting, self.trained, self.kept = Tape(), setting, trained, kept
         self.e, self.tokens = setting.element_bytes, setting.tokens
 
     def input(self, width: int, *, wanted: bool, outside: bool) -> Value:
@@ -60,6 +83,8 @@ class Operations:
         or, where it is scaled in fp32 (Gemma), in fp32.
         """
         tape, wide = self.tape, FP32_BYTES * self.tokens * width * groups
+        if self.kept.lean and name not in self.trained:
+            return self._frozen_norm(x, wide, Held(FP32_BYTES * self.tokens * groups))
         x32 = x if self.e == FP32_BYTES else tape.op(wide, [x])
         square = tape.op(wide, [x32], [x32], scratch=2 * wide)
         root = tape.op(FP32_BYTES * self.tokens * groups, [square], keeps_result=True)
@@ -71,10 +96,22 @@ class Operations:
         scaled = tape.op(normed.num_bytes, [normed], keeps, scratch=normed.num_bytes if weight else 0, weight=weight)
         return self._cast(scaled, self.e, FP32_BYTES) if scaled_in_fp32 else scaled
 
+    def _frozen_norm(self, x: Value, wide: int, root: Held) -> Value:
+        """The norm of `engine.sparse.recompute`: keeps x and the roots, of which its result is made again.
+
+        Its backward holds three fp32 tensors, one of which becomes the result; making again holds two for a moment.
+        """
+        y = self.tape.op(x.num_bytes, [x], [x, root], scratch=3 * wide - x.num_bytes)
+        y.source, y.made, y.making = (x.held, root), y.num_bytes, 2 * wide - y.num_bytes
+        return y
+
     def layer_norm(self, x: Value, name: str) -> Value:
         """The fused kernel: keeps x as it is, mean and reciprocal deviation in fp32, 8 T."""
         stats = Held(2 * FP32_BYTES * self.tokens)
-        return self.tape.op(x.num_bytes, [x], [x, stats], weight=self.trained.get(name))
+        y = self.tape.op(x.num_bytes, [x], [x, stats], weight=self.trained.get(name))
+        if self.kept.lean and name not in self.trained:
+            y.source, y.made = (x.held,), y.num_bytes
+        return y
 
     def _cast(self, value: Value, to: int, of: int) -> Value:
         return value if to == of else self.tape.op(value.num_bytes * to // of, [value])
@@ -91,9 +128,9 @@ class Operations:
         elif weight.quantised:
             # W + D: of each entry its int64 position, value before and after, sum.
             added = (INT64_BYTES + 2 * FP32_BYTES + 2 * self.e) * weight.active
-            y = self.tape.op(num_bytes, [x], [x], scratch=rebuilt + added, weight=weight.trained)
+            y = self.tape.op(num_bytes, [x], scratch=rebuilt + added, weight=weight.trained, reads=x)
         else:
-            y = self.tape.op(num_bytes, [x], [x], weight=weight.trained)
+            y = self.tape.op(num_bytes, [x], weight=weight.trained, reads=x)
         if adapter is None:
             return y
         if adapter.rank:
@@ -147,6 +184,30 @@ class Operations:
         bent = tape.op(size, [argument], keeps_result=True)
         factor = tape.op(size, [bent], passes=True)
         return tape.op(size, [half, factor], [half, factor])
+
+    def made_product(self, h: Value, parts: Sequence[Value], kind: Activation, *, gated: bool, shared: bool) -> Value:
+        """The function of `engine.sparse.recompute`: the activation of `parts`, which are products with h, or of two.
+
+        Keeps the parts or, where these are not kept, what h is made of. Its backward makes activation and result again.
+
+        Args:
+            h: the input of the MLP.
+            parts: gate and up, both in one, or the only one.
+            kind: of the activation.
+            gated: whether half of the parts is multiplied with the activation of the other.
+            shared: whether others read h as well, so that it stays until the gradients of their weights are taken.
+        """
+        parts_bytes = sum(part.num_bytes for part in parts)
+        size = parts_bytes // 2 if gated else parts_bytes
+        both = Value(parts_bytes, parts[0].held, wanted=True, source=tuple(part.held for part in parts))
+        if not self.kept.gates:
+            staying = h.made if shared else 0
+            both.source, both.made = h.kept, parts_bytes + staying
+            both.making = h.made - staying
+        acts = _ACTIVATION_SIZES[kind]
+        y = self.tape.op(size, parts, scratch=(acts.scratch + gated) * size, reads=both)
+        y.source, y.made, y.making = both.source, size + both.made, (acts.making + gated) * size
+        return y
 
     def product(self, a: Value, b: Value) -> Value:
         """a * b, of one size: keeps both."""

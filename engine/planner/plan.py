@@ -68,6 +68,7 @@ def make_plan(
             f"num_trainable must be at most {plan.target_numel:,}, the entries of the targets, got "
             f"{spec.num_trainable:,}. Lower it, or name more targets."
         )
+    spec = plan.settle(spec)
     if with_remedies:
         plan = replace(plan, remedies=find_remedies(spec, shape, device, plan))
     return plan if shape.exact else with_trace(plan, spec, device)

@@ -6,7 +6,7 @@ from typing import Any
 from engine.hardware import Device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.shape import ModelShape
-from engine.spec import BASELINES, RunSpec
+from engine.spec import BASELINES, SPARSE, RunSpec
 from engine.spec_rules import optimizer_of
 
 Changes = dict[str, Any]
@@ -89,6 +89,15 @@ def _chunks(spec: RunSpec, device: Device) -> Iterator[Option]:
         yield "compute the loss in chunks", {"chunked_loss": True}, "no cost to speak of"
 
 
+def _recompute(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if spec.recompute == "nothing" and spec.method in SPARSE:
+        lean = "make norm outputs and activation products again"
+        yield lean, {"recompute": "elementwise", "recompute_blocks": None}, "next to no time"
+    if spec.recompute in ("nothing", "elementwise") and not spec.gradient_checkpointing:
+        less = {"recompute": "auto", "recompute_blocks": None}
+        yield "recompute as little as fits", less, "each step takes up to a third longer"
+
+
 def _checkpointing(spec: RunSpec, device: Device) -> Iterator[Option]:
     if not spec.gradient_checkpointing:
         yield "turn on gradient checkpointing", {"gradient_checkpointing": True}, "each step takes about a third longer"
@@ -157,6 +166,7 @@ def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
 # In the order of what they cost: first time, then the result.
 KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
     _chunks,
+    _recompute,
     _checkpointing,
     _micro_batch,
     _offload,

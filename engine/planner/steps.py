@@ -4,7 +4,7 @@ The stretches are written as tapes (`blocks.py`), like blocks once; here their f
 backward, while the gradients of what is trained come up and activations go.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +107,8 @@ class Pass:
             names = work.shape.blocks[layer]
             weights: Weights = tuple((inside, self._linear(name)) for inside, name in names.items())
             entered = layer > work.lowest or work.enters_blocks
-            found = block_segment(work.shape, work.setting, work.kernels[layer], weights, entered, buffer)
+            kept = work.kept[layer]
+            found = block_segment(work.shape, work.setting, work.kernels[layer], weights, kept, entered, buffer)
             buffer = found.backward.buffer
             segments.append(found)
         return segments
@@ -146,9 +147,18 @@ class Pass:
         """What the blocks and what they share keep between forward and backward."""
         work, setting = self._work, self._work.setting
         shared = activations.shared_saved_bytes(work.shape, setting) + self._embedding_saved()
-        if setting.checkpointing:
-            return shared + len(self._segments) * setting.element_bytes * setting.tokens * work.shape.hidden
-        return shared + sum(segment.saved for segment in self._segments)
+        return shared + sum(self._kept_of(layer, segment) for layer, segment in self._by_layer())
+
+    def _by_layer(self) -> Iterator[tuple[int, Segment]]:
+        """Yield the blocks that a gradient reaches, from the last to the first, with their numbers."""
+        last = self._work.shape.layers - 1
+        return ((last - place, segment) for place, segment in enumerate(self._segments))
+
+    def _kept_of(self, layer: int, segment: Segment) -> int:
+        """Return what a block keeps between forward and backward: its input alone, where it is computed anew."""
+        setting = self._work.setting
+        residual = setting.element_bytes * setting.tokens * self._work.shape.hidden
+        return segment.saved if self._work.kept[layer].inside else residual
 
     def _embedding_saved(self) -> int:
         """Return what lies before the blocks: entries that dropout keeps; what it was made of, where that is a leaf."""
@@ -178,12 +188,9 @@ class Pass:
         if self._head is not None:
             waiting = self._weights[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
             walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
-        checkpoint = residual if setting.checkpointing else None
-        layer = shape.layers
-        for segment in self._segments:
-            layer -= 1
-            kept = segment.saved if checkpoint is None else checkpoint
-            walk.over("backward of one block", segment, kept, again=checkpoint is not None)
+        for layer, segment in self._by_layer():
+            kept = self._kept_of(layer, segment)
+            walk.over("backward of one block", segment, kept, again=not work.kept[layer].inside)
             walk.stay(self._left_of(layer) - segment.backward.staying)
         if work.trains_embedding:
             self._embedding(walk)

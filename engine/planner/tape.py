@@ -21,11 +21,23 @@ class Held:
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """A result: its own bytes, as many as its gradient has; the storage it lies in; whether it needs a gradient."""
+    """A result: its own bytes, as many as its gradient has; the storage it lies in; whether it needs a gradient.
+
+    `source`: what is kept in its stead where it is made again in the backward. Then `made` bytes are there while it is
+    read, itself included, and `making` more for a moment before.
+    """
 
     num_bytes: int
     held: Held
     wanted: bool
+    source: tuple[Held, ...] = ()
+    made: int = 0
+    making: int = 0
+
+    @property
+    def kept(self) -> tuple[Held, ...]:
+        """What is kept of it for whoever reads it in the backward."""
+        return self.source or (self.held,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class _Node:
     scratch: int
     passes: bool
     weight: Weight | None
+    made: int
+    making: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,7 @@ class Tape:
         passes: bool = False,
         keeps_result: bool = False,
         weight: Weight | None = None,
+        reads: Value | None = None,
     ) -> Value:
         """Note an operation; return its result.
 
@@ -100,13 +115,17 @@ class Tape:
             passes: the gradient of the result is that of each input, no new one.
             keeps_result: whether the backward needs the result.
             weight: a trained weight that it multiplies by.
+            reads: a value that its backward reads, be it kept or made again.
         """
         wanted = weight is not None or any(value.wanted for value in inputs)
         result = Value(num_bytes, Held(num_bytes), wanted)
         if wanted:
             kept = (*keeps, result) if keeps_result else keeps
             holds = tuple(each.held if isinstance(each, Value) else each for each in kept)
-            self._nodes.append(_Node((result,), tuple(inputs), holds, scratch, passes, weight))
+            made = making = 0
+            if reads is not None:
+                holds, made, making = (*holds, *reads.kept), reads.made, reads.making
+            self._nodes.append(_Node((result,), tuple(inputs), holds, scratch, passes, weight, made, making))
             self.keep(*holds)
         return result
 
@@ -114,7 +133,7 @@ class Tape:
         """Note views of a value, of these bytes; their gradients are joined into a new one of the whole."""
         parts = tuple(Value(size, value.held, value.wanted) for size in sizes)
         if value.wanted:
-            self._nodes.append(_Node(parts, (value,), (), 0, False, None))
+            self._nodes.append(_Node(parts, (value,), (), 0, False, None, 0, 0))
         return parts
 
     def keep(self, *holds: Held) -> None:
@@ -169,15 +188,16 @@ class _Run:
                 made.append((value, grads[0] if node.passes else _Gradient(value.num_bytes)))
                 self.live += 0 if node.passes else value.num_bytes
         weight, dense = node.weight, 0
+        self._reach(node.made + node.making)
         if weight is not None and weight.buffered:
             # The layer's function is done with its temporaries before it takes the gradient of the weight.
             self._reach(node.scratch)
             grown = max(0, weight.dense - self.buffer)
             self.live, self.buffer = self.live + grown, self.buffer + grown
-            self._reach(weight.reading)
+            self._reach(node.made + weight.reading)
         else:
             dense = 0 if weight is None else weight.dense
-            self._reach(node.scratch + dense)
+            self._reach(node.made + node.scratch + dense)
         for _, grad in made:
             grad.holders += 1
         for grad in grads:

@@ -11,6 +11,7 @@ from engine.planner import activations, formulas
 from engine.planner.activations import FP32_BYTES, Kernel, Setting
 from engine.planner.layouts import is_embedding
 from engine.planner.output_layer import CHUNKED_FAMILIES
+from engine.planner.recompute import Kept, kept_by_block
 from engine.planner.shape import ModelShape, target_tensors
 from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.spec_rules import entries_move, optimizer_of
@@ -24,20 +25,24 @@ class TargetSizes:
     """The targets of a spec: entries of each, and the largest.
 
     `accumulators`: rows and columns of all targets, each seen as a matrix whose columns are its last dimension.
-    `lowest`: the first block that a gradient reaches; there is none above the last one.
+    `lowest`: the first block that a gradient reaches; there is none above the last one. `embedding`: whether one of
+    tokens or positions is among them. `functions`: names of plain linear layers.
     """
 
     numels: Mapping[str, int]
     largest: str
     accumulators: int
     lowest: int
+    embedding: bool
+    functions: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
     """A spec made concrete: the micro-batch, the targets, how many entries of each are trained.
 
-    `quantised`: entries of each weight that is stored in NF4. `kernels`: of each block's attention.
+    `quantised`: entries of each weight that is stored in NF4. `kernels`: of each block's attention. `kept`: what each
+    block keeps for its backward.
     """
 
     spec: RunSpec
@@ -48,6 +53,7 @@ class Workload:
     active: Mapping[str, int]
     quantised: Mapping[str, int]
     kernels: tuple[Kernel, ...]
+    kept: tuple[Kept, ...]
 
     @property
     def numels(self) -> Mapping[str, int]:
@@ -165,7 +171,7 @@ class Workload:
     @property
     def trains_embedding(self) -> bool:
         """Whether the embedding of tokens or positions is a target, so that a gradient goes through all blocks."""
-        return any(is_embedding(name) for name in self.numels)
+        return self.targets.embedding
 
     @property
     def enters_blocks(self) -> bool:
@@ -173,7 +179,7 @@ class Workload:
 
         There transformers 5 lets the embedding's result require a gradient, whatever is trained.
         """
-        return self.trains_embedding or self.setting.checkpointing
+        return self.trains_embedding or self.spec.gradient_checkpointing
 
     @property
     def lowest(self) -> int:
@@ -186,9 +192,9 @@ class Workload:
             return True
         if self.spec.method in BASELINES:
             return False
-        shape = self.shape.tensors[name]
-        plain = is_linear_layer(name, shape) and not self.shape.layout.transposed
-        return plain or (name == self.shape.head and not self.shape.tied and not self.spec.chunked_loss)
+        return name in self.targets.functions or (
+            name == self.shape.head and not self.shape.tied and not self.spec.chunked_loss
+        )
 
     @property
     def chunks_loss(self) -> bool:
@@ -220,11 +226,12 @@ def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload
         for window in map(shape.layout.window, range(shape.layers))
     )
     masked = next((kernel for kernel in kernels if kernel == "masked"), kernels[0])
-    setting = Setting(rows, length, e, masked, spec.gradient_checkpointing, device.is_cpu)
+    kept = kept_by_block(spec, shape.family, shape.layers)
+    setting = Setting(rows, length, e, masked, any(not each.inside for each in kept), device.is_cpu)
     targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None)
     active = _active(spec, shape, targets.numels)
     quantised = _quantised(shape) if spec.quantization == "nf4" else {}
-    return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised, kernels)
+    return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised, kernels, kept)
 
 
 def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapping[str, int]:
@@ -250,5 +257,8 @@ def _sizes_of(shape: ModelShape, targets: str | tuple[str, ...], adapter: Litera
     numels = {name: math.prod(sizes) for name, sizes in tensors.items()}
     accumulators = sum(numels[name] // sizes[-1] + sizes[-1] for name, sizes in tensors.items())
     layers = [layer for name in numels if (layer := layer_number(name)) is not None]
-    lowest = 0 if any(is_embedding(name) for name in numels) else min(layers, default=shape.layers)
-    return TargetSizes(numels, max(numels, key=lambda name: numels[name]), accumulators, lowest)
+    embedding = any(is_embedding(name) for name in numels)
+    lowest = 0 if embedding else min(layers, default=shape.layers)
+    plain = () if shape.layout.transposed else (name for name, sizes in tensors.items() if is_linear_layer(name, sizes))
+    largest = max(numels, key=lambda name: numels[name])
+    return TargetSizes(numels, largest, accumulators, lowest, embedding, frozenset(plain))

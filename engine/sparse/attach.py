@@ -18,6 +18,7 @@ from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.optimizers import build_optimizer
 from engine.sparse.placing import place_by_magnitude, place_random
 from engine.sparse.probe import GradientProbe
+from engine.sparse.recompute import RecomputedBlocks, kept_by_model
 from engine.sparse.selection import GlobalChoice
 from engine.sparse.sift import GradientSelection
 from engine.sparse.sm3 import SM3
@@ -69,7 +70,11 @@ class SparseTuning:
         ]
         by_hook = [entry for entry in entries if entry not in by_function]
         self._linear = LinearGradients(by_function, spec.gradient_way, spec.micro_batch_size * spec.sequence_length)
-        self._ways = (LinearFunctions(model, by_function, self._take_factors), GradientHooks(by_hook, self._take))
+        self._ways = (
+            LinearFunctions(model, by_function, self._take_factors),
+            GradientHooks(by_hook, self._take),
+            RecomputedBlocks(model, kept_by_model(spec, model), {entry.name for entry in entries}),
+        )
 
     @property
     def values(self) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from engine.sparse.base_weight import NF4Weight
 from engine.sparse.entries import ActiveEntries
+from engine.sparse.recipes import Recipe, read_back, recipe_of
 
 
 class FactorSink(Protocol):
@@ -56,22 +57,29 @@ class SparseDeltaLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, _values: Tensor, bias: Tensor | None, entry: ActiveEntries, sink: FactorSink | None
+        ctx: Any,
+        x: Tensor,
+        _values: Tensor,
+        bias: Tensor | None,
+        entry: ActiveEntries,
+        sink: FactorSink | None,
+        recipe: Recipe,
     ) -> Tensor:
-        """Multiply; keeps x alone for the backward."""
-        ctx.save_for_backward(x)
-        ctx.entry, ctx.sink = entry, sink
+        """Multiply; keeps x alone for the backward, or what `recipe` makes it of."""
+        ctx.save_for_backward(*recipe.inputs)
+        ctx.entry, ctx.sink, ctx.again = entry, sink, recipe.again
         return functional.linear(x, rebuild_weight(entry, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
         """Return the gradients of x and the bias; hand the factors of the weight's gradient to the sink."""
-        (grad_y,), (x,) = grads, ctx.saved_tensors
-        grad_x = grad_y @ rebuild_weight(ctx.entry, x.dtype) if ctx.needs_input_grad[0] else None
+        (grad_y,) = grads
+        grad_x = grad_y @ rebuild_weight(ctx.entry, grad_y.dtype) if ctx.needs_input_grad[0] else None
         flat = grad_y.reshape(-1, grad_y.shape[-1])
         if ctx.sink is not None:
+            (x,) = read_back(ctx.again, ctx.saved_tensors)
             ctx.sink(ctx.entry, flat, x.reshape(-1, x.shape[-1]))
-        return grad_x, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        return grad_x, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class LinearFunctions:
@@ -121,7 +129,8 @@ def _forward(module: nn.Module, entry: ActiveEntries, sink: FactorSink | None) -
         available = torch.amp.is_autocast_available(kind)
         if available and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))  # so that the backward, where autocast is off, has one dtype
-        y: Tensor = SparseDeltaLinear.apply(x, entry.values, bias, entry, sink)  # type: ignore[no-untyped-call]
+        recipe = recipe_of(x) if sink is None else recipe_of(x).reading()
+        y: Tensor = SparseDeltaLinear.apply(x, entry.values, bias, entry, sink, recipe)  # type: ignore[no-untyped-call]
         return y
 
     return forward

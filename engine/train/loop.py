@@ -22,6 +22,7 @@ from engine.models import resolve_dtype
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.probe import GradientProbe
+from engine.sparse.recompute import checkpoint_blocks, kept_by_model
 from engine.spec import BASELINES, RunSpec
 from engine.spec_rules import selects_in
 from engine.train.checkpoint import Progress
@@ -82,6 +83,8 @@ class Trainer:
             self.emit(Warned("The loss in chunks is not known for this model; the loss is computed in one piece."))
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.spec.recompute == "blocks":
+            checkpoint_blocks(self.model, kept_by_model(self.spec, self.model))
 
     def run(self) -> bool:
         """Train from the step after `self.step` to the last one.

@@ -35,6 +35,7 @@ from engine.runs import (
     RunStatus,
     latest_checkpoint,
     read_events,
+    read_plan,
     read_spec,
     read_status,
     run_lock,
@@ -181,7 +182,9 @@ def _work(run: Run, journal: Journal) -> None:
     tokenizer = load_tokenizer(spec)
     data = prepare_data(spec, tokenizer)
     journal.emit(data.summary)
+    spec = _as_before(run, spec)
     plan = make_plan(spec, longest_row=longest_row(data))  # no batch is longer, so the bar is true
+    spec = plan.settle(spec)
     write_json(run.path / "plan.json", plan.to_dict())
     hold_to_budget(plan, device)
     torch.manual_seed(spec.seed)
@@ -208,6 +211,12 @@ def _work(run: Run, journal: Journal) -> None:
     state: RunState = "finished" if tuned is not None else "stopped"
     write_report(run, trainer, base, tuned, plan, state)
     journal.state(state)
+
+
+def _as_before(run: Run, spec: RunSpec) -> RunSpec:
+    """Return the spec with what the plan of an earlier session decided: what is free now must not change the bits."""
+    before = read_plan(run) if latest_checkpoint(run) is not None else {}
+    return spec.model_copy(update={name: before[name] for name in ("recompute", "recompute_blocks") if name in before})
 
 
 @dataclass(frozen=True)

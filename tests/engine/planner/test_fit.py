@@ -75,7 +75,7 @@ def test_a_length_that_nobody_asked_for_grows(config_folder: Callable[..., str])
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"gradient_checkpointing": False}, {"gradient_checkpointing"}),
+        ({"gradient_checkpointing": False}, {"recompute"}),
         ({"micro_batch_size": 16, "gradient_accumulation": 2}, {"micro_batch_size", "gradient_accumulation"}),
         ({"density": 0.2}, {"quantization"}),
     ],

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.families import EXACT_FAMILIES
+from engine.planner.recompute import KNOWN_FAMILIES
 from engine.planner.shape import read_shape
 from engine.planner.trace import trace
 from engine.spec import RunSpec
@@ -42,12 +43,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+LEAN: dict[str, dict[str, Any]] = {
+    "elementwise": {"recompute": "elementwise", "gradient_way": "dense"},
+    "mlp": {"recompute": "mlp", "recompute_blocks": 2, "chunked_loss": True, "targets": "attention"},
+    "blocks": {"recompute": "blocks", "recompute_blocks": 2, "method": "spiel-ma", "quantization": "nf4"},
+}
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", sorted(EXACT_FAMILIES))
 def test_the_closed_forms_are_within_1_percent_of_the_trace(family: str, setting: str, tmp_path: Path) -> None:
+    _compare(family, SETTINGS[setting], tmp_path)
+
+
+@pytest.mark.parametrize("setting", LEAN)
+@pytest.mark.parametrize("family", sorted(EXACT_FAMILIES & KNOWN_FAMILIES))
+def test_so_they_are_for_blocks_that_keep_little(family: str, setting: str, tmp_path: Path) -> None:
+    _compare(family, LEAN[setting], tmp_path)
+
+
+def _compare(family: str, setting: dict[str, Any], tmp_path: Path) -> None:
     AutoConfig.for_model(family, **CONFIG | OF_ITS_OWN.get(family, {})).save_pretrained(tmp_path)
     values = {"dtype": "bfloat16", "sequence_length": 512, "gradient_accumulation": 1, "probe_interval": 0}
-    spec = RunSpec(model=str(tmp_path), density=0.02, **{**values, **SETTINGS[setting]})
+    spec = RunSpec(model=str(tmp_path), density=0.02, **{**values, **setting})
     plan = estimate(spec, read_shape(str(tmp_path)), CARD)
     planned = plan.peak_bytes - plan.parts["workspace"] - plan.parts["context"]
     assert plan.exact

@@ -15,6 +15,7 @@ from engine.sparse.delta import SparseDelta
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.linear import SparseDeltaLinear
 from engine.sparse.optimizers import build_optimizer
+from engine.sparse.recipes import recipe_of
 from engine.spec import BASELINES, RunSpec, choices
 
 METHODS = [method for method in choices("method") if method not in BASELINES]
@@ -66,7 +67,9 @@ def test_gradient_of_the_function_passes_gradcheck() -> None:
     taken: list[Tensor] = []  # the dense gradients of the weight
 
     def output(at: Tensor) -> Tensor:
-        return SparseDeltaLinear.apply(at, entry.values, layer.bias, entry, lambda _, g, x: taken.append(g.T @ x))
+        return SparseDeltaLinear.apply(
+            at, entry.values, layer.bias, entry, lambda _, g, x: taken.append(g.T @ x), recipe_of(at)
+        )
 
     assert torch.autograd.gradcheck(lambda at, _: output(at), (x, layer.bias))
     taken.clear()

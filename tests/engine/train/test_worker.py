@@ -181,3 +181,28 @@ def test_failure_is_one_sentence_in_the_status(make: Start, tmp_path: Path) -> N
     assert status.state == "failed"
     assert "missing.jsonl" in status.detail
     assert "Traceback" not in status.detail
+
+
+def test_a_run_recomputes_as_its_first_session_did(make: Start) -> None:
+    run = make(recompute="auto", max_steps=40, evaluation_interval=0)
+    workers.start_worker(run)
+    _wait_for_step(run, 2)
+    runs.send_request(run, "stop")
+    _wait_for_end(run)
+    assert runs.read_plan(run)["recompute"] == "nothing"  # all fits
+    runs.write_json(run.path / "plan.json", {**runs.read_plan(run), "recompute": "mlp", "recompute_blocks": 1})
+    workers.start_worker(run)
+    _wait_for_end(run)
+    plan = runs.read_plan(run)
+    assert (plan["recompute"], plan["recompute_blocks"], runs.read_status(run).state) == ("mlp", 1, "finished")
+
+
+@pytest.mark.parametrize("fields", [{"recompute": "mlp"}, {"recompute": "blocks", "recompute_blocks": 1}])
+def test_what_is_recomputed_changes_no_loss(make: Start, fields: dict[str, Any]) -> None:
+    losses = []
+    for each in ({}, fields):
+        run = make(max_steps=4, evaluation_interval=0, **each)
+        workers.start_worker(run)
+        _wait_for_end(run)
+        losses.append([event.loss for event in _events(run) if isinstance(event, Stepped)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,0 +1,214 @@
+"""Blocks that keep for the backward only what costs a matrix product to make again (`engine.planner.recompute`).
+
+A block of a Llama keeps, per token of width d and f in the MLP, its input, q, k, v, the attention's output, the input
+of the second norm, gate and up: 6 d + 2 f numbers. Norm outputs and the gated product, 2 d + 2 f more and in 16 bit
+fp32 copies besides, are made again where the gradient of a weight asks for them. With `mlp` gate and up are not kept
+either.
+
+The modules' forwards are replaced as in `linear.py`; what is computed is the same, the gradient of the norm by its
+formula instead of operation by operation: equal to the rounding of fp32.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from engine.planner.recompute import Kept, kept_by_block
+from engine.sparse.recipes import Recipe, Tensors, give_recipe, read_back, recipe_of
+from engine.spec import RunSpec
+from engine.targets import layer_number
+
+
+class FrozenNorm(NamedTuple):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, as Llama's and Gemma's norms compute it.
+
+    Both in fp32; Llama's rounds to the dtype of x before it scales, Gemma's (`wide`) after it scaled by 1 + weight.
+    """
+
+    weight: Tensor  # (width,)
+    eps: float
+    wide: bool
+
+    def root(self, x: Tensor) -> Tensor:
+        """Return the reciprocal roots, (..., 1) in fp32."""
+        return x.float().square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+
+    def scale(self, x: Tensor, root: Tensor) -> Tensor:
+        """Return y from x, (..., width), and its reciprocal roots."""
+        if self.wide:
+            return ((x.float() * root) * (1.0 + self.weight.float())).to(x.dtype)
+        return self.weight * (x.float() * root).to(x.dtype)
+
+    def gradient(self, grad_y: Tensor, x: Tensor, root: Tensor) -> Tensor:
+        """Return dL/dx = r (h - n mean(h n)), with n = x r and h = dL/dy weight, in the dtype of x."""
+        inner = grad_y.float() * (1.0 + self.weight.float()) if self.wide else (grad_y * self.weight).float()
+        normed = x.float() * root
+        share = (inner * normed).mean(-1, keepdim=True)
+        return inner.addcmul_(normed, share, value=-1).mul_(root).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """A frozen norm that keeps its input and the reciprocal roots, and whose output can be made again of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
+        """Return y and the reciprocal roots."""
+        root = norm.root(x)
+        ctx.save_for_backward(x, root)
+        ctx.norm = norm
+        ctx.mark_non_differentiable(root)
+        return norm.scale(x, root), root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x."""
+        norm: FrozenNorm = ctx.norm
+        return norm.gradient(grads[0], *ctx.saved_tensors), None
+
+
+class _Elementwise(torch.autograd.Function):
+    """y = combine(*parts), element by element: keeps what the parts can be had from, and nothing of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, combine: Callable[..., Tensor], recipe: Recipe, *parts: Tensor) -> Tensor:
+        """Return y; `recipe`: of the parts."""
+        ctx.save_for_backward(*recipe.inputs)
+        ctx.again, ctx.combine = recipe.again, combine
+        return combine(*parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the parts."""
+        parts = [part.detach().requires_grad_() for part in read_back(ctx.again, ctx.saved_tensors)]
+        with torch.enable_grad():
+            y = ctx.combine(*parts)
+        return None, None, *torch.autograd.grad(y, parts, grads[0])
+
+
+class _Mlp(NamedTuple):
+    """The parts of an MLP: `firsts` read its input, `combine` makes of their results what `last` reads."""
+
+    firsts: tuple[nn.Module, ...]
+    combine: Callable[..., Tensor]
+    last: nn.Module
+
+
+class RecomputedBlocks:
+    """Norms and MLPs of blocks with forwards of their own, until `remove`."""
+
+    def __init__(self, model: nn.Module, kept: Sequence[Kept], trained: Collection[str]) -> None:
+        """Replace the forwards of the blocks that keep little.
+
+        Args:
+            model: of one of `KNOWN_FAMILIES`; the forwards of its linear layers are replaced already.
+            kept: what each block keeps.
+            trained: names of the trained weights; norms among them keep their own forward.
+        """
+        self._modules: list[nn.Module] = []
+        for name, module in model.named_modules():
+            layer = layer_number(f"{name}.weight")
+            if layer is None or layer >= len(kept) or not kept[layer].lean:
+                continue
+            if f"{name}.weight" not in trained and (norm := _norm_forward(module)):
+                self._put(module, norm)
+            elif mlp := _mlp_of(module):
+                self._put(module, _mlp_forward(mlp, gates=kept[layer].gates))
+
+    def _put(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        module.forward = forward
+        self._modules.append(module)
+
+    def remove(self) -> None:
+        """Give the modules their own forward back."""
+        for module in self._modules:
+            del module.forward
+
+
+def kept_by_model(spec: RunSpec, model: Any) -> tuple[Kept, ...]:
+    """Return what each block of a model keeps in a run of `spec`; nothing for a model of another kind."""
+    config = getattr(model, "config", None)
+    blocks = getattr(config, "num_hidden_layers", 0)
+    return kept_by_block(spec, getattr(config, "model_type", ""), blocks)
+
+
+def checkpoint_blocks(model: nn.Module, kept: Sequence[Kept]) -> None:
+    """Let the blocks that keep their input alone be computed anew in the backward."""
+    for name, module in model.named_modules():
+        layer = layer_number(f"{name}.")
+        if isinstance(module, GradientCheckpointingLayer) and layer is not None and not kept[layer].inside:
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def _norm_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return the forward of a norm whose output carries a recipe; None for any other module."""
+    if type(module) is nn.LayerNorm:
+        own = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            y = own(x)  # the kernel keeps x itself
+            give_recipe(Recipe((x,)).then(lambda x: (own(x),)), y)
+            return y
+
+        return forward
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
+    wide = type(module).__name__.startswith("Gemma")
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    norm = FrozenNorm(module.weight, eps, wide)
+
+    def scaled(x: Tensor) -> Tensor:
+        y: Tensor
+        y, root = _Norm.apply(x, norm)  # type: ignore[no-untyped-call]
+        give_recipe(Recipe((x, root)).then(lambda x, root: (norm.scale(x, root),)), y)
+        return y
+
+    return scaled
+
+
+def _mlp_of(module: Any) -> _Mlp | None:
+    """Return the parts of the MLP of a Llama, Gemma, Phi or Phi 3; None for any other module."""
+    names = {name for name, _ in module.named_children()}
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names:
+        act = module.act_fn
+        return _Mlp((module.gate_proj, module.up_proj), lambda gate, up: act(gate) * up, module.down_proj)
+    if {"gate_up_proj", "down_proj", "activation_fn"} <= names:
+        return _Mlp((module.gate_up_proj,), _fused_gate(module.activation_fn), module.down_proj)
+    if {"fc1", "fc2", "activation_fn"} <= names:
+        return _Mlp((module.fc1,), module.activation_fn, module.fc2)
+    return None
+
+
+def _fused_gate(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def combine(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return up * act(gate)
+
+    return combine
+
+
+def _mlp_forward(mlp: _Mlp, *, gates: bool) -> Callable[[Tensor], Tensor]:
+    """Return the forward of an MLP; without `gates` what its first layers give is made again of their input."""
+
+    def firsts(h: Tensor) -> Tensors:
+        return tuple(first(h) for first in mlp.firsts)
+
+    def product(*parts: Tensor) -> Tensors:
+        return (mlp.combine(*parts),)
+
+    def forward(h: Tensor) -> Tensor:
+        parts = firsts(h)
+        if not gates:
+            give_recipe(recipe_of(h).then(firsts), *parts)
+        recipe = recipe_of(*parts)
+        y: Tensor = _Elementwise.apply(mlp.combine, recipe.reading(), *parts)  # type: ignore[no-untyped-call]
+        give_recipe(recipe.then(product), y)
+        found: Tensor = mlp.last(y)
+        return found
+
+    return forward
