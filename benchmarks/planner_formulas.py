@@ -1,8 +1,8 @@
 """The closed forms against a trace of the real model classes: `python -m benchmarks.planner_formulas`.
 
-Eleven architectures in their real widths and few layers, sixteen settings each, RoBERTa as a classifier; peaks without
-context and library workspaces. The error of what comes and goes (activations, temporaries) stands beside that of the peak, since a large
-base hides it. `--family NAME` for one, `--setting NUMBER` for one, `--json` for all parts.
+Eleven architectures in their real widths and few layers, RoBERTa as a classifier, sixteen settings each; peaks without
+context and library workspaces. The error of what comes and goes (activations, temporaries) stands beside that of the
+peak, since a large base hides it. `--family NAME` for one, `--setting NUMBER` for one, `--json` for all parts.
 """
 
 import argparse
