@@ -1,7 +1,7 @@
 """What the planner says against what is known: `python -m benchmarks.planner TABLE [--json]`.
 
 trace: the trace against the same count over a real step on the CPU, small models of several families.
-formulas: the closed forms against the trace, ten families in sixteen settings each (`planner_formulas` says more).
+formulas: the closed forms against the trace, eleven families in sixteen settings each (`planner_formulas` says more).
 sift: Table 1 of arXiv:2312.11875, under the paper's accounting, and beside it the true peak of this program's step.
 spiel: Table 3 of arXiv:2401.16405, the least limit at which its code succeeds.
 """
@@ -129,7 +129,7 @@ def _row(name: str, unit: str, known: float, ours: float) -> Row:
 
 
 def formula_rows() -> Iterator[Row]:
-    """Yield the closed forms' peak beside the trace's: ten families, sixteen settings; see `planner_formulas`."""
+    """Yield the closed forms' peak beside the trace's: eleven families, sixteen settings; see `planner_formulas`."""
     for family in planner_formulas.FAMILIES:
         for row in planner_formulas.measure(family, tuple(range(len(planner_formulas.SETTINGS)))):
             name = f"{family}, setting {row['number']}"

@@ -1,8 +1,8 @@
 """The closed forms against a trace of the real model classes: `python -m benchmarks.planner_formulas`.
 
-Ten architectures in their real widths and few layers, sixteen settings each; peaks without context and library
-workspaces. The error of what comes and goes (activations, temporaries) stands beside that of the peak, since a large
-base hides it. `--family NAME` for one, `--setting NUMBER` for one, `--json` for all parts.
+Eleven architectures in their real widths and few layers, RoBERTa as a classifier, sixteen settings each; peaks without
+context and library workspaces. The error of what comes and goes (activations, temporaries) stands beside that of the
+peak, since a large base hides it. `--family NAME` for one, `--setting NUMBER` for one, `--json` for all parts.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.hardware import Device
+from engine.planner.encoders import ENCODERS
 from engine.planner.estimate import estimate
 from engine.planner.ledger import RESIDENT
 from engine.planner.shape import read_shape
@@ -111,6 +112,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
     },
+    "roberta": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "vocab_size": 50265,
+        "max_position_embeddings": 1026,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    },
 }
 
 # `cpu`: the target is the CPU, else a CUDA device.
@@ -166,8 +177,9 @@ def compare(model: str, setting: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = {**DEFAULTS, **setting}
     device = CPU if fields.pop("cpu", False) else CUDA
-    spec = RunSpec(model=model, **fields)
-    plan = estimate(spec, read_shape(model), device)
+    task: Any = "classification" if Path(model).name in ENCODERS else "causal"
+    spec = RunSpec(model=model, task=task, **fields)
+    plan = estimate(spec, read_shape(model, task=task), device)
     started = time.perf_counter()
     peak = trace(spec, device).peak
     trace_s = time.perf_counter() - started
@@ -203,7 +215,7 @@ def write_config(family: str, folder: Path) -> str:
 def measure(family: str, settings: tuple[int, ...]) -> list[dict[str, Any]]:
     """Compare one family in the settings of these numbers."""
     with tempfile.TemporaryDirectory() as folder:
-        model = write_config(family, Path(folder))
+        model = write_config(family, Path(folder, family))
         return [{"family": family, "number": number, **compare(model, SETTINGS[number])} for number in settings]
 
 

@@ -196,7 +196,7 @@ class _OutputLayer(nn.Module):
 
 def least_gib(cell: Cell) -> int:
     """Return the least limit, in whole GiB, at which two steps of `cell` succeed."""
-    meter = StorageMeter(Scenario(1, on_cpu=False), workspaces=True)
+    meter = StorageMeter(Scenario({0: 1}, on_cpu=False), workspaces=True)
     with standing_for(on_cpu=False):
         model, kept = _prepare(cell, meter)
         with meter:

@@ -13,7 +13,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 ANALYSIS_DATA = ("engine.analysis.look", "engine.analysis.results")
 ANALYSIS_WORKER = tuple(f"engine.analysis.{name}" for name in ("gradients", "landscape", "twin", "worker"))
 TRACE_WORKER = tuple(
-    f"engine.planner.{name}" for name in ("trace", "trace_worker", "storages", "scenario", "stand_in", "memo")
+    f"engine.planner.{name}"
+    for name in ("trace", "trace_worker", "short_run", "storages", "scenario", "stand_in", "memo")
 )
 # From the ground up; a module may import its own floor and those below.
 FLOORS: list[tuple[str, ...]] = [

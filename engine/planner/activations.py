@@ -75,19 +75,24 @@ def shared_saved_bytes(shape: ModelShape, setting: Setting) -> int:
     return 2 * e * setting.length * turned * (setting.rows if setting.kernel == "masked" else 1) + mask
 
 
-def loss_saved_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Return what the cross-entropy keeps between forward and backward: fp32 log-probabilities, 4 V T."""
-    return FP32_BYTES * shape.vocabulary * setting.tokens
+def loss_saved_bytes(vocabulary: int, predictions: int) -> int:
+    """Return what the cross-entropy keeps between forward and backward: fp32 log-probabilities, 4 V T.
+
+    Args:
+        vocabulary: classes of a prediction.
+        predictions: tokens that have logits.
+    """
+    return FP32_BYTES * vocabulary * predictions
 
 
-def loss_transient_bytes(shape: ModelShape, setting: Setting) -> int:
+def loss_transient_bytes(vocabulary: int, predictions: int) -> int:
     """Return the most that the loss adds to what is saved: logits and their fp32 copies.
 
     At the start of the backward: log-probabilities, their gradient, the gradient of the logits, each 4 V T. The forward
     has the logits, e V T, their fp32 copy where they are not fp32, and the log-probabilities: never more. The logits
     themselves are dropped before the backward.
     """
-    return 3 * FP32_BYTES * shape.vocabulary * setting.tokens
+    return 3 * FP32_BYTES * vocabulary * predictions
 
 
 def up_to(number: int, multiple: int) -> int:

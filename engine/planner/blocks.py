@@ -70,7 +70,8 @@ class _Block(Operations):
 
     def segment(self, entered: bool, buffer: int) -> Segment:
         x = self.input(self.shape.hidden, wanted=entered, outside=not self.kept.inside)
-        y = self._serial(x) if self.layout.branches == "serial" else self._parallel(x)
+        write = {"serial": self._serial, "normed": self._normed}.get(self.layout.branches, self._parallel)
+        y = write(x)
         return Segment(self.tape.saved_bytes, self.tape.forward_peak, self.tape.backward(y, buffer))
 
     def norm(self, x: Value, name: str) -> Value:
@@ -89,6 +90,20 @@ class _Block(Operations):
         if four:
             made = self.norm(made, "post_feedforward_layernorm")
         return self.add(x, made)
+
+    def _normed(self, x: Value) -> Value:
+        """norm(attention(x) + x), then the same with the MLP.
+
+        Where the block is computed anew, up to its last norm, its result lies beside what is saved and what went into
+        the MLP, the sum and, but for DistilBERT, the last layer.
+        """
+        shape, layout, names = self.shape, self.layout, self.names
+        x = self.norm(self.add(self._attention(x), x), names.first_norm)
+        wide = self.activation(self.linear(x, shape.hidden, shape.ffn, self.weight(names.up)), layout.activation)
+        made = self.dropout(self.linear(wide, shape.ffn, shape.hidden, self.weight(names.down)), layout.dropout)
+        y = self.norm(self.add(made, x), names.second_norm)
+        self.tape.reach(y.num_bytes, x, made, *(() if layout.label_head == "distilbert" else (wide,)))
+        return y
 
     def _parallel(self, x: Value) -> Value:
         """x + attention(norm(x)) + MLP(norm(x)), with one norm or two."""
@@ -119,7 +134,7 @@ class _Block(Operations):
             by_head=float(0 < layout.rotary < 1),
         )
         y = self.linear(y, shape.heads * shape.head_dim, shape.hidden, self.weight(names.o))
-        return self.dropout(y, layout.dropout)
+        return self.dropout(y, layout.attended_dropout)
 
     def _queries_keys_values(self, x: Value) -> tuple[Value, Value, Value]:
         shape, names, hidden = self.shape, self.names, self.shape.hidden

@@ -20,6 +20,11 @@ def is_head(name: str) -> bool:
     return name.startswith(("classifier.", "pre_classifier.", "score."))
 
 
+def is_pooler(name: str) -> bool:
+    """Return whether a parameter of the base is the weight between the blocks and the labels (BERT)."""
+    return name.endswith("pooler.dense.weight")
+
+
 def classifier_tensors(family: str, config: Mapping[str, Any], tensors: Mapping[str, Shape]) -> dict[str, Shape]:
     """Return the parameters, name to shape, of the class that transformers loads for a classification.
 

@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # The language model inside one that also sees: its place in the files and in the class.
 LANGUAGE_MODEL = r"^(language_model\.model|model\.language_model)\."
+_BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
 
 
 class UnknownConfigError(ValueError):
@@ -98,6 +99,15 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
     config = config.get("text_config") or config
     return {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+
+
+def parameters_of(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return stored tensors without those that are no parameters."""
+
+    def is_buffer(name: str, shape: Shape) -> bool:  # old GPT-2 files hold the causal mask as attn.bias
+        return name.endswith(_BUFFERS) or (name.endswith("attn.bias") and len(shape) == 4)
+
+    return {name: shape for name, shape in tensors.items() if not is_buffer(name, shape)}
 
 
 def language_tensors(tensors: Mapping[str, Shape], config: dict[str, Any]) -> Mapping[str, Shape]:

@@ -236,6 +236,15 @@ def replacing_bytes(size: int) -> int:
     return (4 * INT64_BYTES + 2 * FP32_BYTES + 3) * size
 
 
+def growing_bytes(size: int, left: int) -> int:
+    """Return what SpIEL-MA's choice of entries to grow takes beside `size` trained ones, over twice as many products.
+
+    Of each its row, column and position in int64; to rank it a factor, a column again and the other factor, 8 bytes
+    each. Of the `left` entries of the weight before: what was grown, positions, where they came from and when.
+    """
+    return 6 * INT64_BYTES * 2 * size + (3 * INT64_BYTES + 2) * left
+
+
 def context_bytes(on_cpu: bool) -> int:
     """Return what is taken before the first tensor: the process itself on the CPU, the CUDA context on a GPU."""
     return HOST_PROCESS_BYTES if on_cpu else CUDA_CONTEXT_BYTES

@@ -35,16 +35,19 @@ class Layout:
     """How a block is built.
 
     `norm`: rms; gemma, which scales in fp32; layer, one fused kernel. `branches`: serial; parallel, the MLP beside the
-    attention with a norm of its own; shared, with the same norm. `four_norms`: also after attention and MLP. `qkv`:
-    three matrices; side by side in one, or in one head by head. `rotary`: share of each head that is turned.
-    `narrow_softmax`: in the base's type. `fused_gate`: gate and up in one matrix. `wide_routes`: the router's weights
-    stay in fp32. `transposed`: linear weights are (in, out), in modules that are no linear layers. `windows`: how far
-    each layer sees, None: all the row. `plain`: no option is set that the tapes do not know.
+    attention with a norm of its own; shared, with the same norm; normed, serial with each norm after its sum.
+    `four_norms`: also after attention and MLP. `qkv`: three matrices; side by side in one, or in one head by head.
+    `rotary`: share of each head that is turned. `narrow_softmax`: in the base's type. `dropout`: after the MLP;
+    `attended_dropout`: after the attention's output layer. `fused_gate`: gate and up in one matrix. `wide_routes`: the
+    router's weights stay in fp32. `transposed`: linear weights are (in, out), in modules that are no linear layers.
+    `windows`: how far each layer sees, None: all the row. `embedding_norm`: before the blocks. `label_head`: what
+    classifies the first token of an encoder (`label_head.py`), with `label_dropout`. `plain`: no option is set that the
+    tapes do not know.
     """
 
     names: Names = Names()
     norm: Literal["rms", "gemma", "layer"] = "rms"
-    branches: Literal["serial", "parallel", "shared"] = "serial"
+    branches: Literal["serial", "parallel", "shared", "normed"] = "serial"
     four_norms: bool = False
     qkv: Literal["separate", "side by side", "by head"] = "separate"
     head_norms: bool = False
@@ -52,6 +55,7 @@ class Layout:
     narrow_softmax: bool = False
     attention_dropout: float = 0.0
     dropout: float = 0.0
+    attended_dropout: float = 0.0
     embedding_dropout: float = 0.0
     gated: bool = True
     fused_gate: bool = False
@@ -60,6 +64,9 @@ class Layout:
     wide_routes: bool = False
     transposed: bool = False
     windows: tuple[int | None, ...] = ()
+    embedding_norm: bool = False
+    label_head: Literal["", "bert", "roberta", "distilbert"] = ""
+    label_dropout: float = 0.0
     plain: bool = True
 
     def window(self, layer: int) -> int | None:
@@ -89,6 +96,27 @@ _NEOX = Layout(
 _PHI = Layout(Names(o="self_attn.dense", up="mlp.fc1", down="mlp.fc2"), norm="layer", branches="shared", gated=False)
 _PHI3 = Layout(Names(q="self_attn.qkv_proj", gate="", up="mlp.gate_up_proj"), qkv="side by side", fused_gate=True)
 _GEMMA = Layout(norm="gemma")
+_BERT = Layout(
+    Names(
+        *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+        *("", "intermediate.dense", "output.dense", "attention.output.LayerNorm", "output.LayerNorm"),
+    ),
+    norm="layer",
+    branches="normed",
+    rotary=0.0,
+    narrow_softmax=True,
+    gated=False,
+    embedding_norm=True,
+    label_head="bert",
+)
+_DISTILBERT = replace(
+    _BERT,
+    names=Names(
+        *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        *("", "ffn.lin1", "ffn.lin2", "sa_layer_norm", "output_layer_norm"),
+    ),
+    label_head="distilbert",
+)
 _LAYOUTS: Mapping[str, Layout] = {
     "gpt2": _GPT2,
     "gpt_neox": _NEOX,
@@ -100,14 +128,20 @@ _LAYOUTS: Mapping[str, Layout] = {
     "qwen3": Layout(head_norms=True),
     "qwen3_moe": Layout(head_norms=True),
     "mixtral": Layout(wide_routes=True),
+    "bert": _BERT,
+    "roberta": replace(_BERT, label_head="roberta"),
+    "xlm-roberta": replace(_BERT, label_head="roberta"),
+    "distilbert": _DISTILBERT,
 }
 _UNKNOWN = (
     *("qk_layernorm", "reorder_and_upcast_attn", "add_cross_attention", "router_jitter_noise", "mlp_only_layers"),
     *("use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping", "output_router_logits"),
+    *("is_decoder", "chunk_size_feed_forward"),
 )
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu_new"}
 _DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "phi": "gelu_new", "gpt_neox": "gelu"}
-_GPT2_DROPOUT = 0.1  # where config.json names none
+_USUAL_DROPOUT = 0.1  # of GPT-2 and the encoders, where config.json names none
+_LABEL_DROPOUT = 0.2  # of DistilBERT
 _ROTARY_SHARE = {"gpt_neox": 0.25, "phi": 0.5}
 
 
@@ -121,10 +155,12 @@ def read_layout(family: str, config: Mapping[str, Any], layers: int, head_norms:
         head_norms: whether its tensors name a norm of each head's queries, for families that are not known.
     """
     layout = _LAYOUTS.get(family, Layout(head_norms=head_norms))
-    word = config.get("hidden_activation") or config.get("hidden_act") or config.get("activation_function")
-    default = _DEFAULT_ACTIVATION.get(family, "silu")
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    word = next((config[name] for name in names if config.get(name)), None)
+    default = "gelu" if layout.label_head else _DEFAULT_ACTIVATION.get(family, "silu")
     kind: Any = _ACTIVATIONS.get(word, "gelu") if word else default
-    usual = _GPT2_DROPOUT if family == "gpt2" else 0.0
+    usual = _USUAL_DROPOUT if family == "gpt2" or layout.label_head else 0.0
+    dropout = _first(config, usual, "resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
     rope = config.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
     parallel = family == "gpt_neox" and config.get("use_parallel_residual", True)
@@ -133,13 +169,19 @@ def read_layout(family: str, config: Mapping[str, Any], layers: int, head_norms:
         branches="parallel" if parallel else layout.branches,
         rotary=0.0 if not layout.rotary else float(share or _ROTARY_SHARE.get(family, 1.0)),
         activation=kind,
-        attention_dropout=_first(config, usual, "attn_pdrop", "attention_dropout"),
-        dropout=_first(config, usual, "resid_pdrop", "hidden_dropout"),
-        embedding_dropout=_first(config, usual, "embd_pdrop", "hidden_dropout"),
+        attention_dropout=_first(config, usual, "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
+        dropout=dropout,
+        attended_dropout=0.0 if family == "distilbert" else dropout,
+        embedding_dropout=_first(config, usual, "embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout"),
         experts=int(
             config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
         ),
         windows=_windows(family, config, layers),
+        label_dropout=_first(
+            config,
+            _LABEL_DROPOUT if family == "distilbert" else dropout,
+            *("classifier_dropout", "seq_classif_dropout"),
+        ),
         plain=not any(config.get(option) for option in _UNKNOWN) and config.get("decoder_sparse_step") in (None, 1),
     )
 

@@ -15,11 +15,18 @@ def run_moments(work: Workload) -> list[Moment]:
     moments = Pass(work, "gathering").moments()
     if spec.method in BASELINES:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
-    update = max(formulas.write_back_bytes(work.active, e), work.update_bytes)
+    # The gradients are dropped before the weights take the new values and entries are replaced.
+    dropped = {"gradients": formulas.gradients_bytes(work.num_active + work.shape.dense_numel)}
+    after = formulas.write_back_bytes(work.active, e)
     if spec.method in SPIEL_METHODS:
         together = spec.allocation == "global"  # replaced as one, or one by one
-        update = max(update, formulas.replacing_bytes(work.num_active if together else max(work.sizes)))
-    return [*moments, Moment("optimizer step", 0, update, {}), *selection_moments(work)]
+        size = work.num_active if together else max(work.sizes)
+        after = max(after, formulas.replacing_bytes(size))
+    if spec.method == "spiel-ma":
+        growing = zip(work.sizes, (0, *work.sizes), strict=False)
+        after = max(after, *(formulas.growing_bytes(size, left) for size, left in growing))
+    steps = [Moment("optimizer step", 0, work.update_bytes, {}), Moment("optimizer step", 0, after, dropped)]
+    return [*moments, *steps, *selection_moments(work)]
 
 
 def after_forward_bytes(work: Workload) -> int:
@@ -28,7 +35,7 @@ def after_forward_bytes(work: Workload) -> int:
     if work.chunks_loss:
         loss = output_layer.chunked_saved_bytes(work.shape, work.setting, work.trains_head)
     else:
-        loss = activations.loss_saved_bytes(work.shape, work.setting)
+        loss = activations.loss_saved_bytes(work.shape.vocabulary, work.predictions)
     return kept.blocks_saved + kept.head_saved + loss
 
 
@@ -36,7 +43,7 @@ def selection_moments(work: Workload) -> list[Moment]:
     """Return the moments in which entries are chosen: before or in the first step, or in SpIEL's estimation phases."""
     (numel, count), e, method = work.largest, work.setting.element_bytes, work.spec.method
     # Before the first step there are no states.
-    unseeded = {} if work.offloaded else {"optimizer_states": work.states_bytes}
+    unseeded = {"optimizer_states": (0 if work.offloaded else work.states_bytes) + work.head_states_bytes}
     if method in ("random", "spiel-ma"):
         drawn = formulas.draw_bytes(numel, count) if work.on_cpu else 0
         return [Moment("selection", 0, drawn, {} if method == "spiel-ma" else unseeded)]

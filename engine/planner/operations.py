@@ -15,6 +15,7 @@ from engine.planner.recompute import Kept
 from engine.planner.tape import Held, Tape, Value, Weight
 
 INT64_BYTES = 8
+_ALL = Kept()
 _LANES = 32  # the memory-efficient kernel rounds the log-sum-exps of a row up to this (PyTorch, attention.cu)
 Activation = Literal["silu", "gelu", "gelu_new"]
 
@@ -60,7 +61,7 @@ class LinearWeight:
 class Operations:
     """Notes operations of one micro-batch on a tape."""
 
-    def __init__(self, setting: Setting, trained: Mapping[str, Weight], kept: Kept) -> None:
+    def __init__(self, setting: Setting, trained: Mapping[str, Weight], kept: Kept = _ALL) -> None:
         """Begin a tape.
 
         Args:

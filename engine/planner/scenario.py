@@ -5,6 +5,7 @@ computed for real beside their empty twins, so that questions about padding and 
 trained numbers gets the answer that takes the most memory: every entry of a mask is chosen, every score is finite.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ class Scenario:
     Those have their real size but are never written, so they take no memory.
     """
 
-    def __init__(self, count: int, *, on_cpu: bool) -> None:
+    def __init__(self, counts: Mapping[int, int], *, on_cpu: bool) -> None:
         """Prepare answers.
 
         Args:
-            count: the answer where a number of entries is asked for that hangs on trained numbers.
+            counts: the answers where a number of entries is asked for that hangs on trained numbers, by the rows of a
+                weight; where those are not known, the largest.
             on_cpu: whether the meta device stands for the CPU.
         """
-        self._count = count
+        self._counts, self._count = counts, max(counts.values())
         self._on_cpu = on_cpu
         self._memo = Memo()
 
@@ -41,7 +43,7 @@ class Scenario:
         if func in _UPDATES:
             return None
         if func is _aten.repeat_interleave.Tensor:
-            return func(*args, **{**kwargs, "output_size": self._count})
+            return func(*args, **{**kwargs, "output_size": self._counts.get(args[0].numel(), self._count)})
         if func is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _in_bfloat16(func, args, kwargs)
         if func in _FACTORIES:

@@ -27,6 +27,7 @@ from engine.planner.families import (
     is_tied,
     language_config,
     language_tensors,
+    parameters_of,
     read_numbers,
     tensors_of,
 )
@@ -36,7 +37,6 @@ from engine.presets import bundled_models
 from engine.targets import layer_number, match_targets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
-_BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -235,7 +235,7 @@ def build_shape(
         )
     tied = is_tied(numbers)
     if tensors is not None:
-        tensors = language_tensors(_parameters(tensors), config)
+        tensors = language_tensors(parameters_of(tensors), config)
         if numbers.tied is None:
             tied = not any(name.endswith(_HEADS) for name in tensors)
         if tied:
@@ -246,7 +246,7 @@ def build_shape(
 
 
 def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
-    """Return the shape with a head for labels: no closed form was checked on one."""
+    """Return the shape with a head for labels; one that also sees is loaded whole, which no closed form knows."""
     try:
         tensors = classifier_tensors(shape.family, config, shape.tensors)
     except KeyError as missing:
@@ -254,17 +254,10 @@ def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
             f"config.json of {shape.source!r} has no usable {missing.args[0]}, so it cannot be planned. "
             "Give a model in the Hugging Face layout."
         ) from None
-    counted = shape.counted or shape.family in ENCODERS
-    return replace(
-        shape, tensors=tensors, vocabulary=labels_of(config), tied=False, exact=False, counted=counted, classifier=True
-    )
-
-
-def _parameters(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
-    def is_buffer(name: str, shape: Shape) -> bool:  # old GPT-2 files hold the causal mask as attn.bias
-        return name.endswith(_BUFFERS) or (name.endswith("attn.bias") and len(shape) == 4)
-
-    return {name: shape for name, shape in tensors.items() if not is_buffer(name, shape)}
+    known, labels = shape.family in ENCODERS, labels_of(config)
+    exact = shape.layout.plain if known else shape.exact and "text_config" not in config
+    counted = shape.counted or known
+    return replace(shape, tensors=tensors, vocabulary=labels, tied=False, exact=exact, counted=counted, classifier=True)
 
 
 def _shape_of(

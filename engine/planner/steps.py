@@ -11,7 +11,9 @@ from typing import Literal
 from engine.planner import activations, formulas, output_layer
 from engine.planner.adapters import adapter_of
 from engine.planner.blocks import Segment, Weights, block_segment, head_segment
+from engine.planner.encoders import is_pooler
 from engine.planner.formulas import FP32_BYTES, INT64_BYTES
+from engine.planner.label_head import head_gradient, label_segment
 from engine.planner.layouts import is_embedding, is_last_norm
 from engine.planner.operations import LinearWeight
 from engine.planner.tape import Weight
@@ -62,7 +64,7 @@ class Pass:
         work, count = self._work, self._work.num_active
         if not self._first:
             return {}
-        parts = {"gradients": formulas.gradients_bytes(count)}
+        parts = {"gradients": formulas.gradients_bytes(count + work.shape.dense_numel)}
         if self._taking == "choosing" and work.spec.method == "spiel-ag":
             parts["gradients"] += formulas.candidates_bytes(count)
         elif self._taking == "choosing":
@@ -115,22 +117,29 @@ class Pass:
 
     def _head_segment(self) -> Segment | None:
         work = self._work
-        if not (self._flows or work.trains_head):
-            return None
         trained = {name: weight for name, weight in self._weights.items() if layer_number(name) is None}
+        if work.shape.layout.label_head:
+            pooler = tuple(
+                ("pooler", LinearWeight(0, trained=each)) for name, each in trained.items() if is_pooler(name)
+            )
+            return label_segment(work.shape, work.setting, pooler, self._flows, self._first)
+        if not (self._flows or work.trains_head or work.shape.classifier):
+            return None
         weights = {
             "head" if name == work.shape.head else "final": LinearWeight(0, trained=weight)
             for name, weight in trained.items()
             if name == work.shape.head or is_last_norm(name)
         }
-        if work.chunks_loss:
+        if work.shape.classifier:
+            head = head_gradient(work.shape.dense_numel, work.setting.element_bytes, self._first)
+            weights["head"] = LinearWeight(0, trained=head)
+        elif work.chunks_loss:
             weights.pop("head", None)
         elif self._ties:
             # The dense gradient of a tied output layer waits for the embedding's.
             dense = self._weights[work.shape.head or ""].dense
             weights["head"] = LinearWeight(0, trained=Weight(dense, 0, dense))
-        with_logits = not (work.chunks_loss or work.shape.classifier)
-        return head_segment(work.shape, work.setting, tuple(weights.items()), self._flows, with_logits)
+        return head_segment(work.shape, work.setting, tuple(weights.items()), self._flows, not work.chunks_loss)
 
     @property
     def _ties(self) -> bool:
@@ -161,13 +170,18 @@ class Pass:
         return segment.saved if self._work.kept[layer].inside else residual
 
     def _embedding_saved(self) -> int:
-        """Return what lies before the blocks: entries that dropout keeps; what it was made of, where that is a leaf."""
-        work, setting = self._work, self._work.setting
-        if not (work.enters_blocks and work.shape.layout.embedding_dropout):
+        """Return what lies before the blocks, where a gradient gets there.
+
+        Of a norm its input, mean and deviation; of dropout which entries stay; what both are made of, where that is a
+        leaf.
+        """
+        work, layout, e = self._work, self._work.shape.layout, self._work.setting.element_bytes
+        if not (work.enters_blocks and (layout.embedding_dropout or layout.embedding_norm)):
             return 0
-        leaf = 0 if work.trains_embedding else setting.element_bytes
-        kept = setting.element_bytes if work.on_cpu else 1
-        return (kept + leaf) * setting.tokens * work.shape.hidden
+        leaf = 0 if work.trains_embedding else e
+        dropped = (e if work.on_cpu else 1) if layout.embedding_dropout else 0
+        normed, stats = (e, 2 * FP32_BYTES) if layout.embedding_norm else (0, 0)
+        return ((leaf + dropped + normed) * work.shape.hidden + stats) * work.setting.tokens
 
     @property
     def head_saved(self) -> int:
@@ -179,12 +193,11 @@ class Pass:
         work, setting = self._work, self._work.setting
         shape, e = work.shape, setting.element_bytes
         walk = _Walk(self.blocks_saved + self.head_saved, self._coming, self._extra)
-        residual = e * setting.tokens * shape.hidden
         if work.chunks_loss:
             self._chunked_loss(walk)
         else:
-            walk.at("loss", activations.loss_transient_bytes(shape, setting))
-            walk.moving = residual if shape.classifier else e * setting.tokens * shape.vocabulary
+            walk.at("loss", activations.loss_transient_bytes(shape.vocabulary, work.predictions))
+            walk.moving = e * work.predictions * shape.vocabulary
         if self._head is not None:
             waiting = self._weights[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
             walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
@@ -225,7 +238,8 @@ class Pass:
     def _embedding(self, walk: "_Walk") -> None:
         """The embedding's dense gradient; a tied output layer's is summed into it, out of place."""
         work = self._work
-        for name in work.numels:
+        walk.saved -= self._embedding_saved()
+        for name in reversed([*work.numels]):
             if is_embedding(name):
                 weight = self._weights[name]
                 sorting = 0 if work.on_cpu else 5 * INT64_BYTES * work.setting.tokens

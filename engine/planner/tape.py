@@ -142,9 +142,10 @@ class Tape:
         self._kept |= new
         self.saved_bytes += sum(held.num_bytes for held in new if not held.outside)
 
-    def reach(self, beside: int) -> None:
-        """Say that the forward holds `beside` bytes for a moment, beside what is saved by now."""
-        self.forward_peak = max(self.forward_peak, self.saved_bytes + beside)
+    def reach(self, beside: int, *values: Value) -> None:
+        """Say that the forward holds `beside` bytes for a moment, and `values`, beside what is saved by now."""
+        unsaved = sum(value.num_bytes for value in values if value.held not in self._kept)
+        self.forward_peak = max(self.forward_peak, self.saved_bytes + beside + unsaved)
 
     def backward(self, result: Value, buffer: int = 0) -> Backward:
         """Return what the backward from `result` adds to what is saved and the gradient of `result`.

@@ -6,18 +6,18 @@ which chooses entries where the method does, of at most two micro-batches each: 
 """
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.data.batches import PreparedData
-from engine.data.classification import LabelledExample, LabelledExamples
-from engine.data.examples import Example, Examples
+from engine.data.classification import LabelledExamples
+from engine.data.examples import Examples
 from engine.data.labels import Labels
 from engine.events import DataPrepared
 from engine.hardware import Device
@@ -37,23 +37,19 @@ from engine.planner.ledger import (
     add_up,
 )
 from engine.planner.scenario import Scenario
+from engine.planner.short_run import rows, traced_spec
 from engine.planner.stand_in import standing_for
 from engine.planner.storages import StorageMeter
 from engine.sparse.attach import SparseTuning
 from engine.sparse.base_weight import base_weights, packed_tensors
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.spiel_ag import SpielAG
-from engine.spec import SPIEL_METHODS, RunSpec
+from engine.spec import RunSpec
 from engine.targets import num_active_of
-from engine.train.head import HeadedTuning
+from engine.train.head import HeadedTuning, JoinedOptimizer
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning, start_tuning
-
-STEPS = 2
-RESELECTION = 2  # steps from a choice to the next, where a run chooses anew
-PLENTY_GIB = 2.0**20  # of main memory, so that entries are chosen in one pass over the micro-batches
-MICRO_STEPS = 2  # the second finds gradients of the first
 
 
 def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding: int = ROUNDING_BYTES) -> Figures:
@@ -79,7 +75,7 @@ def trace_events(spec: RunSpec, device: Device, *, padded: bool | None = None) -
     model, head = (
         describe_classifier(spec, target) if spec.task == "classification" else (describe_model(spec, target), ())
     )
-    scenario = Scenario(2 * _most_active(model, spec), on_cpu=device.is_cpu)
+    scenario = Scenario(_grown_by_rows(model, spec), on_cpu=device.is_cpu)
     meter = StorageMeter(scenario, workspaces=not device.is_cpu)
     with standing_for(device.is_cpu):
         record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded), head)
@@ -105,37 +101,6 @@ def count_real(
     return meter.ledger
 
 
-def traced_spec(spec: RunSpec) -> RunSpec:
-    """Return a short run that holds as much as `spec` does: two steps, micro-batches and estimation steps at most."""
-    changes: dict[str, Any] = {
-        "gradient_accumulation": min(spec.gradient_accumulation, MICRO_STEPS),
-        "max_steps": STEPS,
-        "evaluation_interval": 0,
-        "checkpoint_interval": 0,
-        "selection_memory_gib": PLENTY_GIB,
-    }
-    # How entries spread over the weights, and over rows and columns, hangs on trained numbers; their number does not.
-    changes.update(allocation="uniform", structure="free")
-    if spec.reselection_period is not None:
-        changes.update(reselection_period=RESELECTION, max_steps=RESELECTION + 1)
-    if spec.selection_micro_steps is not None:
-        changes["selection_micro_steps"] = min(spec.selection_micro_steps, MICRO_STEPS)
-    if spec.method in SPIEL_METHODS:
-        changes.update(estimation_steps=STEPS, period=STEPS)
-    return spec.model_copy(update=changes)
-
-
-def rows(spec: RunSpec, padded: bool) -> Examples | LabelledExamples:
-    """Return the rows of one optimizer step, all tokens labelled; padded: every second is shorter by half."""
-    examples, labelled = Examples(), LabelledExamples()
-    for number in range(spec.micro_batch_size * spec.gradient_accumulation):
-        length = spec.sequence_length // 2 if padded and number % 2 else spec.sequence_length
-        ids = np.ones(length, np.int32)
-        examples.append(Example(ids, ids))
-        labelled.append(LabelledExample(ids, np.zeros(0, np.uint8), 0.0))
-    return labelled if spec.task == "classification" else examples
-
-
 def record(
     model: PreTrainedModel,
     spec: RunSpec,
@@ -155,9 +120,8 @@ def record(
             if spec.task == "classification":
                 tuning = HeadedTuning(tuning, model, head, _names(model), spec)
             optimizer = tuning.make_optimizer()
-            if spec.method == "spiel-ag" and isinstance(optimizer, SparseAdamW):
-                for values in tuning.values:
-                    optimizer.state_of(values)  # all phases but the first choose their candidates beside the states
+            if spec.method == "spiel-ag":
+                _seed_states(tuning, optimizer)
             trainer = _trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
         label()
@@ -167,6 +131,15 @@ def record(
             trainer.run()
         label()
     meter.ledger.settle()
+
+
+def _seed_states(tuning: Tuning, optimizer: torch.optim.Optimizer) -> None:
+    """Make the states of all entries: SpIEL-AG's phases but the first choose their candidates beside them."""
+    if isinstance(tuning, HeadedTuning) and isinstance(optimizer, JoinedOptimizer):
+        tuning, optimizer = tuning.inner, optimizer.parts[0]
+    if isinstance(optimizer, SparseAdamW):
+        for values in tuning.values:
+            optimizer.state_of(values)
 
 
 def _trainer(
@@ -292,6 +265,12 @@ class _Labels:
                 yield from (("gradients", part) for part in (each.indices, each.grad, each.total, each.squares))
 
 
-def _most_active(model: nn.Module, spec: RunSpec) -> int:
-    numels = {name: weight.numel() for name, weight in base_weights(model).items()}
-    return max(num_active_of(numels, spec.density, spec.num_trainable).values())
+def _grown_by_rows(model: nn.Module, spec: RunSpec) -> dict[int, int]:
+    """Return the most entries that are looked at where new ones are grown, twice those trained, by a weight's rows."""
+    weights = base_weights(model)
+    active = num_active_of({name: weight.numel() for name, weight in weights.items()}, spec.density, spec.num_trainable)
+    counts: dict[int, int] = {}
+    for name, count in active.items():
+        rows = math.prod(weights[name].shape[:-1])
+        counts[rows] = max(counts.get(rows, 0), 2 * count)
+    return counts

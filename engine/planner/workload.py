@@ -9,6 +9,7 @@ from typing import Literal
 from engine.hardware import Device, selection_memory_bytes
 from engine.planner import activations, formulas
 from engine.planner.activations import FP32_BYTES, Kernel, Setting
+from engine.planner.encoders import is_pooler
 from engine.planner.layouts import is_embedding
 from engine.planner.output_layer import CHUNKED_FAMILIES
 from engine.planner.recompute import Kept, kept_by_block
@@ -126,6 +127,12 @@ class Workload:
         return formulas.optimizer_states_bytes((head,), "adamw" if name == "sm3" else name) if head else 0
 
     @property
+    def head_values_bytes(self) -> int:
+        """A classifier's head as it was at first, which is kept, and the fp32 masters of a 16-bit one."""
+        e, head = self.setting.element_bytes, self.shape.dense_numel
+        return e * head + (formulas.values_bytes(head) if e != FP32_BYTES else 0)
+
+    @property
     def offloaded(self) -> bool:
         """Whether the states lie in main memory beside a GPU."""
         return self.spec.offload_states and not self.on_cpu
@@ -197,6 +204,11 @@ class Workload:
         )
 
     @property
+    def predictions(self) -> int:
+        """For what an output layer gives logits: all tokens; one of each row, where an encoder is classified by it."""
+        return self.setting.rows if self.shape.layout.label_head else self.setting.tokens
+
+    @property
     def chunks_loss(self) -> bool:
         """Whether the loss is computed in chunks of tokens."""
         return self.spec.chunked_loss and self.shape.family in CHUNKED_FAMILIES and not self.shape.classifier
@@ -245,8 +257,9 @@ def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapp
 
 @lru_cache(maxsize=16)
 def _quantised(shape: ModelShape) -> Mapping[str, int]:
-    """Return the entries of each weight that bitsandbytes quantises: the linear layers of the blocks, no experts."""
-    return {name: math.prod(sizes) for name, sizes in shape.tensors.items() if is_linear_layer(name, sizes)}
+    """Return the entries of each weight that bitsandbytes quantises: linear layers, BERT's pooler, no experts."""
+    stored = {name: sizes for name, sizes in shape.tensors.items() if is_linear_layer(name, sizes) or is_pooler(name)}
+    return {name: math.prod(sizes) for name, sizes in stored.items()}
 
 
 @lru_cache(maxsize=64)
