@@ -158,7 +158,7 @@ def record(
             if spec.method == "spiel-ag" and isinstance(optimizer, SparseAdamW):
                 for values in tuning.values:
                     optimizer.state_of(values)  # all phases but the first choose their candidates beside the states
-            trainer = _trainer(model, spec, tuning, optimizer, training)
+            trainer = make_trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
         label()
         meter.watch_modules(model)
@@ -169,13 +169,14 @@ def record(
     meter.ledger.settle()
 
 
-def _trainer(
+def make_trainer(
     model: PreTrainedModel,
     spec: RunSpec,
     tuning: Tuning,
     optimizer: torch.optim.Optimizer,
     training: Examples | LabelledExamples,
 ) -> Trainer:
+    """Return the training loop of `spec` over `training`, without files, evaluation or anybody who asks."""
     summary = DataPrepared("", {}, "", len(training), len(training), 0, {}, training.tokens, training.labelled_tokens)
     labels = Labels(_names(model)) if spec.task == "classification" else None
     data = PreparedData(training, Examples(), [], summary, labels)
