@@ -1,9 +1,10 @@
-"""Peak memory of a step against a step that trains nothing, and against peers: `python -m benchmarks.memory`.
+"""Peak memory of a step against a step that trains nothing, peers and a floor: `python -m benchmarks.memory`.
 
 On the CPU every storage that an operation makes is counted while it lives, exactly and without noise; on a CUDA device
 the allocator's peak is read. Sizes and methods are those of `benchmarks.speed`. The peak is that of a later step and
 holds all: weights, values, indices, gradients, optimizer states, saved activations and what comes and goes; beside it
-stands the ratio without the weights, which every method has alike.
+stands the ratio without the weights, which every method has alike. The last row is over what a step must hold
+(`floor_bytes`), for the leanest sparse tuning of this project: 8-bit states, loss in chunks.
 """
 
 import argparse
@@ -15,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, Lab, Subject, makers, versions
+from benchmarks.speed import release
+from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, DENSITY, Lab, Subject, makers, versions
+from engine.planner.output_layer import chunk_tokens
 from engine.planner.storages import StorageMeter
 from engine.units import format_bytes
 
 OURS = "compaction, s = 1"
 GOALS = {(OURS, "peft SHiRA"): 0.70, (OURS, "peft Super-Tuning"): 0.70}
 WARM_UP = 2  # steps after which every state is there
+LEAN = "lean"
+LEAN_FIELDS: dict[str, Any] = {"gradient_way": "compaction", "optimizer_states": "8bit", "chunked_loss": True}
+FLOOR_GOAL = 1.10
+ENTRY_BYTES = 10  # column as uint16, low half of an fp32 master, 8-bit m and v, fp32 gradient: 2 + 2 + 2 + 4
 
 
 class _Meter(StorageMeter):
@@ -39,6 +46,7 @@ def peak_bytes(make: Callable[[], Subject], device: str) -> int:
 
 
 def _allocated_peak(make: Callable[[], Subject]) -> int:
+    release("cuda")
     before = torch.cuda.memory_allocated()
     subject = make()
     for _ in range(WARM_UP):
@@ -66,21 +74,50 @@ def _counted_peak(make: Callable[[], Subject]) -> int:
     return peak
 
 
-def table(peaks: dict[str, int], weights: int, device: str) -> list[dict[str, Any]]:
-    """Return every peak over the frozen one, and those of the goals over others; also beside `weights` bytes."""
+def floor_bytes(lab: Lab) -> int:
+    """Return what a step of sparse tuning must hold at once: e bytes an element, T tokens, d wide, f in the MLP.
+
+    The parameters, and 10 bytes for each trained entry. Of each layer, where nothing but single elements may be
+    computed again: its input x, what attention needs (q, k, v), its output o, the stream behind it x2, and both halves
+    of the gated MLP: (6 d + 2 f) e T. Norms are x and x2 scaled, their product with SiLU is gate and up: computed again
+    element by element. The row sums of attention (4 heads T) are left out as small. Of the loss in chunks, the logits
+    of a chunk in fp32, whose gradient takes their place. Nothing for gradients of activations: they are made while what
+    was saved goes.
+    """
+    size = lab.size
+    wide, element = size.width, size.dtype.itemsize
+    linear = size.layers * (4 * wide * wide + 3 * wide * size.ffn)
+    saved = size.layers * (6 * wide + 2 * size.ffn) * element * size.tokens
+    logits = 4 * size.vocabulary * min(size.tokens, chunk_tokens(size.vocabulary))
+    return lab.weights_bytes + int(ENTRY_BYTES * DENSITY * linear) + saved + logits
+
+
+def floor_row(lab: Lab) -> dict[str, Any]:
+    """Return the peak of the leanest sparse tuning over the floor."""
+    peak, floor = peak_bytes(lambda: lab.sparse(LEAN, **LEAN_FIELDS), lab.size.device), floor_bytes(lab)
+    return _row("measured peak / computed floor", lab, peak, floor, FLOOR_GOAL)
+
+
+def table(peaks: dict[str, int], lab: Lab) -> list[dict[str, Any]]:
+    """Return every peak over the frozen one, and those of the goals over others."""
     pairs = [(name, "frozen") for name in peaks if name != "frozen"] + list(GOALS)
     return [
-        {
-            "name": f"peak of {name} / {to}",
-            "device": device,
-            "ratio": round(peaks[name] / peaks[to], 4),
-            "goal": GOALS.get((name, to)),
-            "peak_bytes": peaks[name],
-            "ratio_beside_weights": round((peaks[name] - weights) / (peaks[to] - weights), 4),
-        }
+        _row(f"peak of {name} / {to}", lab, peaks[name], peaks[to], GOALS.get((name, to)))
         for name, to in pairs
         if name in peaks and to in peaks
     ]
+
+
+def _row(name: str, lab: Lab, peak: int, other: int, goal: float | None) -> dict[str, Any]:
+    weights = lab.weights_bytes
+    return {
+        "name": name,
+        "device": lab.size.device,
+        "ratio": round(peak / other, 4),
+        "goal": goal,
+        "peak_bytes": peak,
+        "ratio_beside_weights": round((peak - weights) / (other - weights), 4),
+    }
 
 
 def main() -> None:
@@ -93,9 +130,9 @@ def main() -> None:
     size = CPU_SIZE if options.device == "cpu" else CUDA_SIZE
     lab = Lab(size)
     peaks = {name: peak_bytes(make, options.device) for name, make in makers(lab).items()}
-    rows = table(peaks, lab.weights_bytes, options.device)
+    rows = [*table(peaks, lab), floor_row(lab)]
     if options.readings:
-        whole = {"versions": versions(size), "rows": rows}
+        whole = {"versions": versions(options.device), "rows": rows}
         options.readings.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(rows))

@@ -6,6 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+# The models are tiny: more threads only wait for each other. Before torch is imported, and for processes begun here.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,7 +23,6 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

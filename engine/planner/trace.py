@@ -122,7 +122,7 @@ def record(
             optimizer = tuning.make_optimizer()
             if spec.method == "spiel-ag":
                 _seed_states(tuning, optimizer)
-            trainer = _trainer(model, spec, tuning, optimizer, training)
+            trainer = make_trainer(model, spec, tuning, optimizer, training)
         label = _Labels(meter, model, tuning, optimizer)
         label()
         meter.watch_modules(model)
@@ -142,13 +142,14 @@ def _seed_states(tuning: Tuning, optimizer: torch.optim.Optimizer) -> None:
             optimizer.state_of(values)
 
 
-def _trainer(
+def make_trainer(
     model: PreTrainedModel,
     spec: RunSpec,
     tuning: Tuning,
     optimizer: torch.optim.Optimizer,
     training: Examples | LabelledExamples,
 ) -> Trainer:
+    """Return the training loop of `spec` over `training`, without files, evaluation or anybody who asks."""
     summary = DataPrepared("", {}, "", len(training), len(training), 0, {}, training.tokens, training.labelled_tokens)
     labels = Labels(_names(model)) if spec.task == "classification" else None
     data = PreparedData(training, Examples(), [], summary, labels)

@@ -1,13 +1,15 @@
-"""The peers and the tables of the benchmarks, in small."""
+"""The peers of the benchmarks and what they hold, in small."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.fused_lora import FusedLora
-from benchmarks.memory import peak_bytes
-from benchmarks.speed import measure, table
-from benchmarks.subjects import Lab, Size, makers
+from benchmarks.memory import FLOOR_GOAL, floor_bytes, floor_row, peak_bytes
+from benchmarks.subjects import LLAMA_7B, Lab, Size, makers
+from engine.units import GIB
 
 TINY = Size("cpu", torch.float32, 64, 128, 2, 16, 32)
 
@@ -28,17 +30,6 @@ def test_fused_lora_is_lora() -> None:
         torch.testing.assert_close(own, plain)
 
 
-def test_masks_cluster_as_they_are_told_and_every_ratio_is_there() -> None:
-    lab = Lab(TINY)
-    wanted = ("frozen", "compaction, s = 0", "compaction, s = 2", "columns")
-    made = [make() for name, make in makers(lab).items() if name in wanted]
-    shares = [subject.share for subject in made]
-    assert shares[0] is None
-    assert shares[1] > shares[2] > shares[3]
-    rows = table(made, measure(made, "cpu", rounds=1), "cpu")
-    assert {row["name"] for row in rows} == {f"{name} / frozen" for name in wanted[1:]}
-
-
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name", ["columns", "hook", "fused LoRA r = 1", "peft SHiRA"])
 def test_peaks_hold_the_weights_and_repeat_exactly(name: str) -> None:
@@ -46,3 +37,18 @@ def test_peaks_hold_the_weights_and_repeat_exactly(name: str) -> None:
     peaks = {peak_bytes(makers(lab)[name], "cpu") for _ in range(2)}
     assert len(peaks) == 1
     assert peaks.pop() > lab.weights_bytes
+
+
+def test_the_floor_of_llama_7b_is_what_its_parts_add_up_to() -> None:
+    """12.55 GiB of weights, 64.8 M entries, 32 layers that keep 93 KB a token; the logits of 512 tokens."""
+    lab = Lab(replace(LLAMA_7B, device="cpu"))
+    parts = (lab.weights_bytes, 10 * 64_760_053, 32 * 2048 * 93_184, 4 * 32_000 * 512)
+    assert floor_bytes(lab) == pytest.approx(sum(parts), rel=1e-6)
+    assert lab.weights_bytes == pytest.approx(12.55 * GIB, rel=1e-3)
+
+
+def test_the_leanest_tuning_is_measured_over_the_floor() -> None:
+    row = floor_row(Lab(TINY))
+    assert row["name"] == "measured peak / computed floor"
+    assert row["goal"] == FLOOR_GOAL
+    assert row["ratio"] > 1

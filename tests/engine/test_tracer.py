@@ -17,6 +17,7 @@ from engine.units import GIB
 
 CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
 CPU = Device("cpu", "CPU", 16 * GIB, 16 * GIB)
+pytestmark = pytest.mark.xdist_group("tracer")  # what the module shares is made once
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 DEMO = Path(__file__).resolve().parents[2] / "presets" / "demo"
 MODULES = ("world", "small_talk", "corpus", "styles", "make_demo")
 DATASETS = ("pirate", "butler")
+pytestmark = pytest.mark.xdist_group("demo")  # what the module shares is made once
 
 
 @pytest.fixture(scope="module")

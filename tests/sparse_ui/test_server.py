@@ -13,6 +13,8 @@ from sparse_ui.context import AppContext, Settings
 from sparse_ui.layout import build_app
 from sparse_ui.server import Door, first_free_port, launch_arguments
 
+pytestmark = pytest.mark.xdist_group("server")  # what the module shares is made once
+
 
 def _launch(tmp_path: Path, password: str | None = None) -> tuple[object, str]:
     port = first_free_port("127.0.0.1", 0)

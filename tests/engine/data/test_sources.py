@@ -29,7 +29,7 @@ def answers(rows: Any) -> list[Any]:
         ("a.jsonl", ROWS),
         ("a.json", {"data": ROWS}),
         ("a.json", "\n".join(json.dumps(row) for row in ROWS)),
-        ("a.jsonl.gz", gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode())),
+        ("a.jsonl.gz", gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode(), mtime=0)),
         ("a.jsonl", "\ufeff" + "\n".join(json.dumps(row) for row in ROWS)),
         ("a.csv", "question,answer\n" + "".join(f"q{number},a{number}\n" for number in range(4))),
         ("a.tsv", "question\tanswer\n" + "".join(f"q{number}\ta{number}\n" for number in range(4))),

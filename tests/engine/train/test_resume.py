@@ -29,6 +29,7 @@ TIMEOUT_S = 120.0
 CASES = [(method, "none") for method in choices("method")]
 CASES += [(method, "nf4") for method in ("sift", "spiel-ag", "spiel-ma", "lora")]
 Pair = tuple[Run, Run, int]
+pytestmark = pytest.mark.xdist_group("resume")  # what the module shares is made once
 
 
 def _start(run: Run) -> Any:

@@ -1,0 +1,48 @@
+"""The tables of step times, in small."""
+
+import pytest
+import torch
+
+from benchmarks.speed import GOALS, Comparison, Timed, compare, table
+from benchmarks.subjects import KEPT, Size, makers, quantised_makers, recomputation_makers
+
+TINY = Size("cpu", torch.float32, 64, 128, 2, 16, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_every_method_has_a_ratio_to_the_frozen_step() -> None:
+    timed = compare(Comparison(makers, TINY), rounds=1)
+    rows = table(timed, "cpu")
+    assert {row["name"] for row in rows} > {f"{each.name} / frozen" for each in timed[1:]}
+    assert all(row["ratio"] > 0 for row in rows)
+    shares = {each.name: each.share for each in timed if each.share is not None}
+    assert shares["compaction, s = 0"] > shares["compaction, s = 1"] > shares["compaction, s = 2"] > shares["columns"]
+
+
+def test_qspiel_is_measured_against_spiel_over_the_dense_base() -> None:
+    (row,) = table(compare(Comparison(quantised_makers, TINY), rounds=1), "cpu")
+    assert row["name"] == "qSpIEL, checkpointed / SpIEL over float32, checkpointed"
+    assert row["dtype"] == "nf4, values float32 / float32, values float32"
+    assert row["ratio"] > 0
+
+
+def test_blocks_of_rounds_alternate_and_pair() -> None:
+    timed = compare(Comparison(recomputation_makers, TINY, in_blocks=True), rounds=5)
+    assert {len(each.seconds) for each in timed} == {8}
+    assert f"{KEPT} / fused LoRA r = 1, checkpointed" in {row["name"] for row in table(timed, "cpu")}
+
+
+def test_what_does_not_fit_has_a_row_that_says_so() -> None:
+    name, to = next(pair for pair in GOALS["cuda"] if pair[0] == KEPT)
+    (row,) = table([Timed(to, seconds=(1.0,)), Timed(name, failure="out of memory")], "cuda")
+    assert (row["ratio"], row["goal"], row["failure"]) == (None, 0.75, "out of memory")
+
+
+def test_every_goal_is_of_subjects_that_are_made() -> None:
+    """At the full width, where LoRA has rank 64; nothing but names is made."""
+    from benchmarks.subjects import CPU_SIZE, Lab
+
+    size = Size("cpu", torch.bfloat16, 4096, 128, 1, 128, 8)
+    for device, lab in (("cuda", Lab(size)), ("cpu", Lab(CPU_SIZE))):
+        known = {name for make in (makers, quantised_makers, recomputation_makers) for name in make(lab)}
+        assert {name for pair in GOALS[device] for name in pair} <= known
