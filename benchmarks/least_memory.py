@@ -40,6 +40,7 @@ COMMON: dict[str, Any] = {
     "gradient_accumulation": 1,
     "dtype": "bfloat16",
     "chunked_loss": True,
+    "recompute": "elementwise",
     "max_steps": 3,
     "period": 2,
     "estimation_steps": 2,

@@ -27,7 +27,7 @@ from engine.spec import RunSpec
 
 DENSITY = 0.01
 # What every sparse subject is made with, where its maker says nothing else.
-SPARSE: dict[str, Any] = {"method": "random", "density": DENSITY}
+SPARSE: dict[str, Any] = {"method": "random", "density": DENSITY, "recompute": "elementwise"}
 SPREADS = (0.0, 0.5, 1.0, 2.0)  # 0: uniform masks
 ATTENTION = "SIFT 5 % on q, k, v, o"
 KEPT = "no recomputation"
