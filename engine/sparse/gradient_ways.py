@@ -4,6 +4,7 @@ dense: the whole g.T @ x, then a gather. compaction: a few small products (`comp
 entry, worth it where there are very few. `plan_gradient` chooses the cheapest by costs that are measured once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,11 +41,11 @@ class Workspace:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How to get the gradient of the entries at `indices`, (n,) flat positions, of a weight of `shape`."""
+    """How to get the gradient of `count` entries of a weight of `shape`; where they are is told anew each time."""
 
     way: Way
-    indices: Tensor
     shape: tuple[int, int]
+    count: int
     grouping: Grouping | None = None
 
     @property
@@ -52,7 +53,7 @@ class GradientPlan:
         """Entries of the products that are computed: out * in for the dense one."""
         if self.way == "dense":
             return self.shape[0] * self.shape[1]
-        return self.indices.numel() if self.grouping is None else self.grouping.numel
+        return self.count if self.grouping is None else self.grouping.numel
 
 
 def plan_gradient(
@@ -67,37 +68,42 @@ def plan_gradient(
         costs: what `auto` compares; they also decide the groups of `compaction`.
         way: take this one, or `auto` for the cheapest.
     """
+    count = indices.numel()
     if way == "dense" or way == "sampled":
-        return GradientPlan(way, indices, shape)
+        return GradientPlan(way, shape, count)
     if indices.is_meta:  # no numbers to go by: the way that takes the most memory
-        return GradientPlan("dense", indices, shape)
+        return GradientPlan("dense", shape, count)
     grouping, grouped_s = group_rows(indices, shape, tokens, costs)
     if way == "auto":
         dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
-        sampled_s = costs.call_s + tokens * costs.sampled_s * indices.numel()
+        sampled_s = costs.call_s + tokens * costs.sampled_s * count
         best_s, best = min((sampled_s, "sampled"), (grouped_s, "compaction"))
         if best_s >= WORTHWHILE * dense_s:
-            return GradientPlan("dense", indices, shape)
+            return GradientPlan("dense", shape, count)
         if best == "sampled":
-            return GradientPlan("sampled", indices, shape)
-    return GradientPlan("compaction", indices, shape, grouping)
+            return GradientPlan("sampled", shape, count)
+    return GradientPlan("compaction", shape, count, grouping)
 
 
-def values_gradient(grad_y: Tensor, x: Tensor, plan: GradientPlan, workspace: Workspace) -> Tensor:
-    """Return the entries of grad_y.T @ x at the indices of `plan`, (num_active,), in fp32 (fp64 of fp64).
+def values_gradients(
+    grad_y: Tensor, x: Tensor, plan: GradientPlan, indices: Sequence[Tensor], workspace: Workspace
+) -> list[Tensor]:
+    """Return the entries of grad_y.T @ x at each of `indices`, (n,) each, in fp32 (fp64 of fp64).
 
     Args:
         grad_y: (tokens, out_features).
         x: (tokens, in_features), same dtype.
-        plan: of `plan_gradient`.
+        plan: of `plan_gradient`, for all of `indices` together.
+        indices: (n,) flat positions each.
         workspace: for the products.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if plan.way == "sampled":
-        return _sampled(grad_y, x, plan, dtype)
+        return [_sampled(grad_y, x, each, dtype) for each in indices]
     if plan.grouping is None:
-        return dense_gradient(grad_y, x, workspace).view(-1).index_select(0, plan.indices).to(dtype)
-    return _grouped(grad_y, x, plan.indices, plan.grouping, dtype, workspace)
+        dense = dense_gradient(grad_y, x, workspace).view(-1)
+        return [dense.index_select(0, each).to(dtype) for each in indices]
+    return _grouped(grad_y, x, indices, plan.grouping, dtype, workspace)
 
 
 def dense_gradient(grad_y: Tensor, x: Tensor, workspace: Workspace) -> Tensor:
@@ -107,25 +113,25 @@ def dense_gradient(grad_y: Tensor, x: Tensor, workspace: Workspace) -> Tensor:
 
 
 def _grouped(
-    grad_y: Tensor, x: Tensor, indices: Tensor, grouping: Grouping, dtype: torch.dtype, workspace: Workspace
-) -> Tensor:
+    grad_y: Tensor, x: Tensor, indices: Sequence[Tensor], grouping: Grouping, dtype: torch.dtype, workspace: Workspace
+) -> list[Tensor]:
     """Add up the products of as many tokens at once as may be gathered in the memory of the dense gradient."""
-    products, positions = workspace.take(grouping.numel, x), grouping.positions(indices)
+    products, positions = workspace.take(grouping.numel, x), [grouping.positions(each) for each in indices]
     allowed = max(GATHERED_NUMEL, grad_y.shape[1] * x.shape[1] - grouping.numel)
     tokens = max(1, allowed // max(1, grouping.gathered))
-    found = None
+    found: list[Tensor] = []
     for left, right in zip(grad_y.split(tokens), x.split(tokens), strict=True):
         grouping.multiply(left, right, products)
-        part = products.index_select(0, positions).to(dtype)
-        found = part if found is None else found.add_(part)
-    assert found is not None, "a backward without tokens"
+        parts = [products.index_select(0, each).to(dtype) for each in positions]
+        found = [total.add_(part) for total, part in zip(found, parts, strict=True)] if found else parts
+    assert found, "a backward without tokens"
     return found
 
 
-def _sampled(grad_y: Tensor, x: Tensor, plan: GradientPlan, dtype: torch.dtype) -> Tensor:
+def _sampled(grad_y: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     found = []
-    for part in plan.indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
-        left = grad_y.index_select(1, part // plan.shape[1]).to(dtype)
-        right = x.index_select(1, part % plan.shape[1])
+    for part in indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
+        left = grad_y.index_select(1, part // x.shape[1]).to(dtype)
+        right = x.index_select(1, part % x.shape[1])
         found.append((left * right).sum(0))
     return torch.cat(found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.sparse.compaction import GradientCosts
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.gradient_costs import DEFAULT_COSTS, costs_for
-from engine.sparse.gradient_ways import GradientPlan, Way, Workspace, dense_gradient, plan_gradient, values_gradient
+from engine.sparse.gradient_ways import GradientPlan, Way, Workspace, dense_gradient, plan_gradient, values_gradients
 
 COSTS_KEY = "gradient_costs"  # in a checkpoint
 
@@ -58,11 +58,9 @@ class LinearGradients:
         self, entry: ActiveEntries, others: Tensor | None, grad_y: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gradient of the entries, (num_active,), and of the entries at `others`, (n,) flat positions."""
-        found = values_gradient(grad_y, x, self._plan(entry, others), self._workspace)
-        if others is None:
-            return found, None
-        own, besides = found.split([entry.num_active, others.numel()])
-        return own, besides
+        wanted = (entry.placed,) if others is None else (entry.placed, others)
+        found = values_gradients(grad_y, x, self._plan(entry, others), wanted, self._workspace)
+        return found[0], None if others is None else found[1]
 
     def release(self) -> None:
         """Give the memory of the products back: a backward is over."""

@@ -165,3 +165,20 @@ def test_share_counts_hooked_weights_as_dense(tiny_llama: LlamaForCausalLM) -> N
     tuning.detach()
     tuning = attach(tiny_llama, _spec(method="random", gradient_way="sampled"))
     assert tuning.gradient_share == pytest.approx(tuning.num_active / tuning.target_numel)
+
+
+@pytest.mark.parametrize("way", [way for way in choices("gradient_way") if way != "auto"])
+def test_gradients_of_candidates_keep_no_memory_beside_those_of_the_values(
+    tiny_llama: LlamaForCausalLM, way: str
+) -> None:
+    tuning = attach(tiny_llama, _spec(method="spiel-ag", gradient_way=way))
+    tuning.begin_reselection(build_optimizer(tuning.entries, tuning.spec), 4)
+    assert tuning.spiel is not None
+    for step in (1, 2):  # the first chooses the candidates, the second takes their gradient beside that of the values
+        tuning.spiel.begin_step(step)
+        for values in tuning.values:
+            values.grad = None
+        _backward(tiny_llama, tuning, torch.arange(24).view(2, 12))
+    for values in tuning.values:
+        assert values.grad is not None
+        assert values.grad.untyped_storage().nbytes() == values.nbytes
