@@ -4,7 +4,8 @@ On the CPU every storage that an operation makes is counted while it lives, exac
 the allocator's peak is read. Sizes and methods are those of `benchmarks.speed`. The peak is that of a later step and
 holds all: weights, values, indices, gradients, optimizer states, saved activations and what comes and goes; beside it
 stands the ratio without the weights, which every method has alike. The last row is over what a step must hold
-(`floor_bytes`), for the leanest sparse tuning of this project: 8-bit states, loss in chunks.
+(`floor_bytes`), for the leanest sparse tuning of this project: 8-bit states, loss in chunks; on a CUDA device with all
+layers of Llama-7B.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed import release
-from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, DENSITY, Lab, Subject, makers, versions
+from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, DENSITY, LLAMA_7B, Lab, Subject, makers, versions
 from engine.planner.output_layer import chunk_tokens
 from engine.planner.storages import StorageMeter
 from engine.units import format_bytes
@@ -130,7 +131,7 @@ def main() -> None:
     size = CPU_SIZE if options.device == "cpu" else CUDA_SIZE
     lab = Lab(size)
     peaks = {name: peak_bytes(make, options.device) for name, make in makers(lab).items()}
-    rows = [*table(peaks, lab), floor_row(lab)]
+    rows = [*table(peaks, lab), floor_row(lab if options.device == "cpu" else Lab(LLAMA_7B))]
     if options.readings:
         whole = {"versions": versions(options.device), "rows": rows}
         options.readings.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
