@@ -403,6 +403,18 @@ class RunSpec(BaseModel):
         Field(ge=1),
         About("memory", "Recomputed blocks", "Of mlp and blocks: how many. Empty: all.", "blocks", detail=True),
     ] = None
+    offload_activations: Annotated[
+        bool,
+        About(
+            "memory",
+            "Inputs in main memory",
+            "Of blocks that are computed anew as a whole (checkpointing, recompute=blocks): keep what enters them in "
+            "main memory and bring it back for their backward. The last resort: steps wait for it. The numbers are the "
+            "same; on the CPU nothing changes.",
+            rule="true or false",
+            detail=True,
+        ),
+    ] = False
     chunked_loss: Annotated[
         bool,
         About(

@@ -67,12 +67,13 @@ def selection_moments(work: Workload) -> list[Moment]:
 
 
 def host_bytes(work: Workload) -> int:
-    """Return the main memory that a GPU run needs: to choose its entries, what that leaves behind, and for states.
+    """Return the main memory that a GPU run needs: to choose its entries, what that leaves, for states and inputs.
 
     Where entries move they are chosen beside the states; else before there are any.
     """
     states, selecting = work.states_bytes if work.offloaded else 0, _selection_host_bytes(work)
-    return states + selecting if entries_move(work.spec) else max(states, selecting)
+    blocks = sum(not kept.inside for kept in work.kept[work.lowest :]) if work.offloads_inputs else 0
+    return blocks * work.block_input_bytes + (states + selecting if entries_move(work.spec) else max(states, selecting))
 
 
 def _selection_host_bytes(work: Workload) -> int:

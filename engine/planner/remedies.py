@@ -133,6 +133,15 @@ def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:
         yield "base weights in bfloat16", {"dtype": "bfloat16"}, "the base weights are rounded to 3 digits"
 
 
+def _inputs(spec: RunSpec, device: Device) -> Iterator[Option]:
+    if spec.gradient_checkpointing and not spec.offload_activations and not device.is_cpu:
+        yield (
+            "what enters the blocks in main memory",
+            {"offload_activations": True},
+            "each step waits for it to come back",
+        )
+
+
 def _nf4(spec: RunSpec, device: Device) -> Iterator[Option]:
     if spec.quantization == "none" and spec.method != "full":  # full trains the weights themselves
         yield "base weights in NF4", {"quantization": "nf4"}, "the base weights are rounded to 4 bits; slower steps"
@@ -173,6 +182,7 @@ KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
     _selection,
     _eight_bit,
     _dtype,
+    _inputs,
     _nf4,
     _length,
     _density,

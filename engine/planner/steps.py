@@ -164,10 +164,11 @@ class Pass:
         return ((last - place, segment) for place, segment in enumerate(self._segments))
 
     def _kept_of(self, layer: int, segment: Segment) -> int:
-        """Return what a block keeps between forward and backward: its input alone, where it is computed anew."""
-        setting = self._work.setting
-        residual = setting.element_bytes * setting.tokens * self._work.shape.hidden
-        return segment.saved if self._work.kept[layer].inside else residual
+        """Return what a block keeps between forward and backward: its input at most, where it is computed anew."""
+        work = self._work
+        if work.kept[layer].inside:
+            return segment.saved
+        return 0 if work.offloads_inputs else work.block_input_bytes
 
     def _embedding_saved(self) -> int:
         """Return what lies before the blocks, where a gradient gets there.
@@ -202,8 +203,11 @@ class Pass:
             waiting = self._weights[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
             walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
         for layer, segment in self._by_layer():
-            kept = self._kept_of(layer, segment)
-            walk.over("backward of one block", segment, kept, again=not work.kept[layer].inside)
+            kept, again = self._kept_of(layer, segment), not work.kept[layer].inside
+            brought = work.block_input_bytes if again and work.offloads_inputs else 0
+            walk.moving += brought
+            walk.over("backward of one block", segment, kept, again=again)
+            walk.moving -= brought
             walk.stay(self._left_of(layer) - segment.backward.staying)
         if work.trains_embedding:
             self._embedding(walk)

@@ -138,6 +138,16 @@ class Workload:
         return self.spec.offload_states and not self.on_cpu
 
     @property
+    def block_input_bytes(self) -> int:
+        """What enters a block, e h T."""
+        return self.setting.element_bytes * self.setting.tokens * self.shape.hidden
+
+    @property
+    def offloads_inputs(self) -> bool:
+        """Whether what enters blocks that are computed anew lies in main memory beside a GPU."""
+        return self.spec.offload_activations and not self.on_cpu
+
+    @property
     def update_bytes(self) -> int:
         """What the optimizer's step takes beside what stays; of states in main memory, those of three tensors."""
         spec, largest = self.spec, max(self.sizes)

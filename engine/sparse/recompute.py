@@ -10,13 +10,10 @@ formula instead of operation by operation: equal to the rounding of fp32.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engine.planner.recompute import Kept, kept_by_block
 from engine.sparse.recipes import Recipe, Tensors, give_recipe, read_back, recipe_of
@@ -134,15 +131,6 @@ def kept_by_model(spec: RunSpec, model: Any) -> tuple[Kept, ...]:
     config = getattr(model, "config", None)
     blocks = getattr(config, "num_hidden_layers", 0)
     return kept_by_block(spec, getattr(config, "model_type", ""), blocks)
-
-
-def checkpoint_blocks(model: nn.Module, kept: Sequence[Kept]) -> None:
-    """Let the blocks that keep their input alone be computed anew in the backward."""
-    for name, module in model.named_modules():
-        layer = layer_number(f"{name}.")
-        if isinstance(module, GradientCheckpointingLayer) and layer is not None and not kept[layer].inside:
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 def _norm_forward(module: Any) -> Callable[[Tensor], Tensor] | None:

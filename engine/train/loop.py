@@ -22,10 +22,10 @@ from engine.models import resolve_dtype
 from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.probe import GradientProbe
-from engine.sparse.recompute import checkpoint_blocks, kept_by_model
 from engine.spec import BASELINES, RunSpec
 from engine.spec_rules import selects_in
 from engine.train.checkpoint import Progress
+from engine.train.checkpointing import checkpoint_blocks
 from engine.train.choosing import choose_entries
 from engine.train.head import HeadedTuning
 from engine.train.memory import MemoryMeter
@@ -81,10 +81,7 @@ class Trainer:
         self.chunks = output_layer(self.model) if chunked else None
         if self.spec.chunked_loss and self.chunks is None:
             self.emit(Warned("The loss in chunks is not known for this model; the loss is computed in one piece."))
-        if self.spec.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self.spec.recompute == "blocks":
-            checkpoint_blocks(self.model, kept_by_model(self.spec, self.model))
+        checkpoint_blocks(self.model, self.spec)
 
     def run(self) -> bool:
         """Train from the step after `self.step` to the last one.

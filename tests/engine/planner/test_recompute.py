@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from engine.errors import InvalidSpecError
 from engine.hardware import Device
@@ -12,6 +14,7 @@ from engine.planner.estimate import estimate
 from engine.planner.plan import make_plan
 from engine.planner.recompute import Kept, choices, kept_by_block, resolved
 from engine.planner.shape import read_shape
+from engine.planner.trace import trace
 from engine.spec import RunSpec
 from engine.spec_io import parse_spec
 from engine.units import GIB
@@ -79,6 +82,19 @@ def test_what_is_recomputed_costs_operations(config_folder: Callable[..., str]) 
     ]
     flops = [make_plan(_spec(folder, **level), card="4090", with_remedies=False).flops for level in levels]
     assert flops[0] < flops[1] < flops[2] == flops[3]
+
+
+@pytest.mark.parametrize("level", [{"gradient_checkpointing": True}, {"recompute": "blocks", "recompute_blocks": 2}])
+def test_inputs_in_main_memory_are_counted_there(level: dict[str, Any], tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", hidden_size=256, intermediate_size=704, num_hidden_layers=4).save_pretrained(tmp_path)
+    spec = _spec(str(tmp_path), sequence_length=512, chunked_loss=True, probe_interval=0, density=0.02, **level)
+    spec = spec.model_copy(update={"offload_activations": True})
+    plan, found = estimate(spec, read_shape(str(tmp_path)), CARD), trace(spec, CARD, rounding=0)
+    planned = plan.peak_bytes - plan.parts["workspace"] - plan.parts["context"]
+    assert planned == pytest.approx(found.peak.total, rel=0.01)
+    blocks = level.get("recompute_blocks", 4)
+    assert plan.host_bytes == blocks * 512 * 256 * 2
+    assert found.host_bytes - 2**15 < plan.host_bytes <= found.host_bytes  # and the ids of the rows
 
 
 def test_the_layers_of_an_adapter_are_its_own() -> None:

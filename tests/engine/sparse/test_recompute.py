@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.planner.recompute import KNOWN_FAMILIES
 from engine.planner.storages import StorageMeter
 from engine.sparse.attach import SparseTuning, attach
-from engine.sparse.recompute import RecomputedBlocks, checkpoint_blocks, kept_by_model
+from engine.sparse.recompute import RecomputedBlocks, kept_by_model
 from engine.spec import RunSpec
+from engine.train.checkpointing import checkpoint_blocks
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -33,6 +34,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "mlp": {"recompute": "mlp"},
     "mlp of two": {"recompute": "mlp", "recompute_blocks": 2},
     "blocks": {"recompute": "blocks", "recompute_blocks": 1},
+    "inputs in main memory": {"recompute": "blocks", "recompute_blocks": 2, "offload_activations": True},
 }
 
 
@@ -49,7 +51,7 @@ def _model(family: str, dtype: torch.dtype = torch.float32) -> Any:
 def _attach(model: nn.Module, **fields: Any) -> SparseTuning:
     tuning = attach(model, RunSpec(model="tiny", method="random", density=0.05, **fields))
     if tuning.spec.recompute == "blocks":
-        checkpoint_blocks(model, kept_by_model(tuning.spec, model))
+        checkpoint_blocks(model, tuning.spec)
     return tuning
 
 

@@ -1,0 +1,48 @@
+"""Blocks that keep their input alone and are computed anew in the backward, the input in main memory if need be."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from engine.sparse.recompute import kept_by_model
+from engine.spec import RunSpec
+from engine.targets import layer_number
+
+
+def checkpoint_blocks(model: PreTrainedModel, spec: RunSpec) -> None:
+    """Let the blocks be computed anew of which a run of `spec` keeps nothing inside.
+
+    With `gradient_checkpointing`, all blocks, transformers does it in its own way.
+    """
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not spec.offload_activations:
+            return
+    kept = kept_by_model(spec, model)
+    for name, module in model.named_modules():
+        layer = layer_number(f"{name}.")
+        if isinstance(module, GradientCheckpointingLayer) and layer is not None and not kept[layer].inside:
+            way = _offloaded if spec.offload_activations else partial(checkpoint, use_reentrant=False)
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = way  # type: ignore[assignment]
+
+
+def _offloaded(block: Callable[..., Any], *inputs: Any) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(_to_main_memory, _to_device):
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+
+def _to_main_memory(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    # From a GPU into pinned memory, in the order of its stream: nobody waits.
+    return tensor.device, tensor.to("cpu", non_blocking=True)
+
+
+def _to_device(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = kept
+    return tensor.to(device, non_blocking=True)
