@@ -41,7 +41,7 @@ class Scenario:
         if func in _UPDATES:
             return None
         if func is _aten.repeat_interleave.Tensor:
-            return func(*args, **{**kwargs, "output_size": self._count})
+            return func(*args, **{**kwargs, "output_size": kwargs.get("output_size") or self._count})
         if func is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _in_bfloat16(func, args, kwargs)
         if func in _FACTORIES:

@@ -40,10 +40,10 @@ class Workspace:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How to get the gradient of the entries at `indices`, (n,) flat positions, of a weight of `shape`."""
+    """How to get the gradient of `count` entries of a weight of `shape`."""
 
     way: Way
-    indices: Tensor
+    count: int
     shape: tuple[int, int]
     grouping: Grouping | None = None
 
@@ -52,7 +52,7 @@ class GradientPlan:
         """Entries of the products that are computed: out * in for the dense one."""
         if self.way == "dense":
             return self.shape[0] * self.shape[1]
-        return self.indices.numel() if self.grouping is None else self.grouping.numel
+        return self.count if self.grouping is None else self.grouping.numel
 
 
 def plan_gradient(
@@ -68,36 +68,37 @@ def plan_gradient(
         way: take this one, or `auto` for the cheapest.
     """
     if way == "dense" or way == "sampled":
-        return GradientPlan(way, indices, shape)
+        return GradientPlan(way, indices.numel(), shape)
     if indices.is_meta:  # no numbers to go by: the way that takes the most memory
-        return GradientPlan("dense", indices, shape)
+        return GradientPlan("dense", indices.numel(), shape)
     grouping, grouped_s = group_rows(indices, shape, tokens, costs)
     if way == "auto":
         dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
         sampled_s = costs.call_s + tokens * costs.sampled_s * indices.numel()
         best_s, best = min((sampled_s, "sampled"), (grouped_s, "compaction"))
         if best_s >= WORTHWHILE * dense_s:
-            return GradientPlan("dense", indices, shape)
+            return GradientPlan("dense", indices.numel(), shape)
         if best == "sampled":
-            return GradientPlan("sampled", indices, shape)
-    return GradientPlan("compaction", indices, shape, grouping)
+            return GradientPlan("sampled", indices.numel(), shape)
+    return GradientPlan("compaction", indices.numel(), shape, grouping)
 
 
-def values_gradient(grad_y: Tensor, x: Tensor, plan: GradientPlan, workspace: Workspace) -> Tensor:
-    """Return the entries of grad_y.T @ x at the indices of `plan`, (num_active,), in fp32 (fp64 of fp64).
+def values_gradient(grad_y: Tensor, x: Tensor, indices: Tensor, plan: GradientPlan, workspace: Workspace) -> Tensor:
+    """Return the entries of grad_y.T @ x at `indices`, (num_active,), in fp32 (fp64 of fp64).
 
     Args:
         grad_y: (tokens, out_features).
         x: (tokens, in_features), same dtype.
-        plan: of `plan_gradient`.
+        indices: (num_active,) flat positions.
+        plan: of `plan_gradient` for them.
         workspace: for the products.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if plan.way == "sampled":
-        return _sampled(grad_y, x, plan, dtype)
+        return _sampled(grad_y, x, indices, dtype)
     if plan.grouping is None:
-        return dense_gradient(grad_y, x, workspace).view(-1).index_select(0, plan.indices).to(dtype)
-    return _grouped(grad_y, x, plan.indices, plan.grouping, dtype, workspace)
+        return dense_gradient(grad_y, x, workspace).view(-1).index_select(0, indices).to(dtype)
+    return _grouped(grad_y, x, indices, plan.grouping, dtype, workspace)
 
 
 def dense_gradient(grad_y: Tensor, x: Tensor, workspace: Workspace) -> Tensor:
@@ -122,10 +123,10 @@ def _grouped(
     return found
 
 
-def _sampled(grad_y: Tensor, x: Tensor, plan: GradientPlan, dtype: torch.dtype) -> Tensor:
+def _sampled(grad_y: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     found = []
-    for part in plan.indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
-        left = grad_y.index_select(1, part // plan.shape[1]).to(dtype)
-        right = x.index_select(1, part % plan.shape[1])
+    for part in indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
+        left = grad_y.index_select(1, part // x.shape[1]).to(dtype)
+        right = x.index_select(1, part % x.shape[1])
         found.append((left * right).sum(0))
     return torch.cat(found)

@@ -5,12 +5,14 @@ Weight decay acts on the values: it pulls the change towards zero, that is the m
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.states import Moments, StateStore
 
 ADAM_BETAS = (0.9, 0.999)  # arXiv:2312.11875 names AdamW without further settings: torch's defaults
@@ -82,9 +84,22 @@ class SparseAdamW(torch.optim.Optimizer):
         *,
         store: StateStore = IN_PLACE,
         aged: bool = True,
+        split: Iterable[ActiveEntries] = (),
     ) -> None:
-        """Prepare; the states of a tensor, of zero, come with its first gradient."""
+        """Prepare; the states of a tensor, of zero, come with its first gradient.
+
+        Args:
+            values: the parameters.
+            lr: rate of the first update.
+            betas: of the moments.
+            eps: added to the root of the second one.
+            weight_decay: share of the values taken away at a rate of 1.
+            store: keeps the states.
+            aged: whether each entry has an age of its own.
+            split: the entries among `values` whose numbers are read and written there, one weight's at a time.
+        """
         self.betas = betas
+        self._split = {entry.values: entry for entry in split}
         self._store = store
         self._aged = aged
         super().__init__(values, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
@@ -103,9 +118,16 @@ class SparseAdamW(torch.optim.Optimizer):
                     self._update(values, moments, group)
                     packed.update(self._store.pack(moments))
 
-    def _update(self, values: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
-        grad, rate, decay = values.grad, group["lr"], group["weight_decay"]
-        assert grad is not None
+    def _update(self, parameter: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        entry = self._split.get(parameter)
+        if entry is None:
+            self._change(parameter, parameter.grad, moments, group)
+        else:
+            entry.update_values(partial(self._change, grad=parameter.grad, moments=moments, group=group))
+
+    def _change(self, values: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> None:
+        rate, decay = group["lr"], group["weight_decay"]
         if self._aged:
             values.sub_(rate * aged_update(values, grad, moments, self.betas, group["eps"]))
             values.sub_(rate * decay * values)

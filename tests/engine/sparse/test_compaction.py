@@ -41,7 +41,7 @@ def test_every_way_gives_the_entries_of_the_dense_product(
         for dtype in (torch.int32, torch.int64):
             indices = _clustered(shape, count, spread).to(dtype)
             plan = plan_gradient(indices, shape, tokens, costs, way)
-            found = values_gradient(grad_y, x, plan, Workspace())
+            found = values_gradient(grad_y, x, indices, plan, Workspace())
             torch.testing.assert_close(found, dense[indices.long()], atol=1e-12, rtol=0)
 
 
@@ -49,7 +49,7 @@ def test_positions_may_come_unsorted_and_twice() -> None:
     grad_y, x = _factors((20, 30), 6)
     indices = torch.tensor([599, 3, 3, 40, 0, 312], dtype=torch.int32)
     plan = plan_gradient(indices, (20, 30), 6, MULTIPLIES_ONLY, "compaction")
-    found = values_gradient(grad_y, x, plan, Workspace())
+    found = values_gradient(grad_y, x, indices, plan, Workspace())
     torch.testing.assert_close(found, (grad_y.T @ x).flatten()[indices.long()], atol=1e-12, rtol=0)
 
 
@@ -60,7 +60,7 @@ def test_tokens_may_be_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = plan_gradient(indices, (20, 30), 50, DEFAULT_COSTS, "compaction")
     assert plan.grouping is not None
     assert 50 * plan.grouping.gathered > 600
-    found = values_gradient(grad_y, x, plan, Workspace())
+    found = values_gradient(grad_y, x, indices, plan, Workspace())
     torch.testing.assert_close(found, (grad_y.T @ x).flatten()[indices.long()], atol=1e-12, rtol=0)
 
 
@@ -70,7 +70,7 @@ def test_bf16_is_no_worse_than_torch_itself(way: Way) -> None:
     indices = _clustered((64, 96), 300, 1.0)
     truth = (grad_y.T @ x).flatten()[indices.long()]
     half, other = grad_y.bfloat16(), x.bfloat16()
-    own = values_gradient(half, other, plan_gradient(indices, (64, 96), 300, DEFAULT_COSTS, way), Workspace())
+    own = values_gradient(half, other, indices, plan_gradient(indices, (64, 96), 300, DEFAULT_COSTS, way), Workspace())
     torchs = (half.T @ other).flatten()[indices.long()]
     assert own.dtype == torch.float32
     assert (own - truth).norm() <= 1.02 * (torchs - truth).norm()
