@@ -15,6 +15,7 @@ mean, differ by at most 1.3e-7.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from engine.sparse.positions import Positions
 
 _HALF_UNIT = 2**15  # of bf16, in units of fp32
+_UNIT_BITS = 16
 
 
 Change = Callable[[Tensor], object]
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # high and low halves and base entries -> new halves
 
 
 class Numbers(Protocol):
@@ -138,19 +141,20 @@ class SplitMasters:
 
     def read(self, positions: Positions) -> Tensor:
         """See `Numbers`."""
-        return self._read(self._standing(positions))[0]
-
-    def _read(self, standing: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values and base; `standing`: what the weight holds."""
+        standing = self._standing(positions)
         high, base = (standing, self._kept) if self._applied else (self._kept, standing)
-        return join(high, self._low).sub_(base), base
+        return join(high, self._low).sub_(base)
 
     def update(self, positions: Positions, change: Change) -> None:
-        """See `Numbers`; where the masters count, the weight is written at once."""
+        """See `Numbers`."""
+        self.update_halves(positions, partial(changed, change=change))
+
+    def update_halves(self, positions: Positions, step: Step) -> None:
+        """Put what `step` makes of the halves and the base in their place; where they count, the weight is written."""
         flat = positions.flat()
-        values, base = self._read(self._flat.index_select(0, flat))
-        change(values)
-        high, self._low = split(values.add_(base))
+        standing = self._flat.index_select(0, flat)
+        high, base = (standing, self._kept) if self._applied else (self._kept, standing)
+        high, self._low = step(high, self._low, base)
         if self._applied:
             put(self._flat, flat, high)
         else:
@@ -177,16 +181,25 @@ class SplitMasters:
         return self._low, self._kept
 
 
+def changed(high: Tensor, low: Tensor, base: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+    """Return the halves of the masters after `change` has worked on their values in place."""
+    values = join(high, low).sub_(base)
+    change(values)
+    return split(values.add_(base))
+
+
 def split(masters: Tensor) -> tuple[Tensor, Tensor]:
     """Return the masters, (n,) fp32, rounded to bf16, and their distance from these, int16, in units of fp32."""
-    high = masters.to(torch.bfloat16)
-    distance = masters.view(torch.int32) - high.float().view(torch.int32)
-    return high, distance.clamp_(max=_HALF_UNIT - 1).to(torch.int16)
+    bits = masters.view(torch.int32)
+    # Rounded to the nearest, ties to even, on the bits: a compiler may leave out the way from fp32 to bf16 and back.
+    rounded = (bits >> _UNIT_BITS).bitwise_and_(1).add_(bits).add_(_HALF_UNIT - 1).bitwise_right_shift_(_UNIT_BITS)
+    distance = (rounded << _UNIT_BITS).neg_().add_(bits).clamp_(max=_HALF_UNIT - 1).to(torch.int16)
+    return rounded.to(torch.int16).view(torch.bfloat16), distance
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
     """Return the masters, (n,) fp32, of what `split` made."""
-    return high.float().view(torch.int32).add_(low).view(torch.float32)
+    return (high.view(torch.int16).int() << _UNIT_BITS).add_(low).view(torch.float32)
 
 
 def put(flat: Tensor, positions: Tensor, entries: Tensor) -> None:
