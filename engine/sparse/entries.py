@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.sparse.base_weight import NF4Weight
-from engine.sparse.masters import Change, FloatValues, Numbers, SplitMasters, put
+from engine.sparse.masters import Change, FloatValues, Numbers, SplitMasters, Step, put
 from engine.sparse.positions import FlatPositions, Positions, pack_positions
 
 
@@ -183,6 +183,11 @@ class ActiveEntries:
     def update_values(self, change: Change) -> None:
         """Let `change` work on the values, (num_active,), in place."""
         self._numbers.update(self._where, change)
+
+    def update_halves(self, step: Step) -> None:
+        """Let `step` work on the halves of split masters; see `SplitMasters`."""
+        assert isinstance(self._numbers, SplitMasters), f"the values of {self.name} are not split"
+        self._numbers.update_halves(self._where, step)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Return the entries of `dense` (shape of the weight) at the positions, in the dtype of the values."""

@@ -28,7 +28,7 @@ _UNIT_BITS = 16
 
 
 Change = Callable[[Tensor], object]
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # high and low halves and base entries -> new halves
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # high and low halves and base entries -> new halves
 
 
 class Numbers(Protocol):
