@@ -2,7 +2,8 @@
 
 `python -m benchmarks.states [--device cuda] [--tensors 24 --entries 200000] [--json]`: all ways take turns in one
 process, on random gradients; medians. `aged` is what methods with moving entries use. bitsandbytes' own AdamW8bit has
-no ages, and nothing to move them by.
+no ages, and nothing to move them by. `written`: with the write-back into a bf16 weight of which 2 percent are trained,
+which compact states do in the same step; bytes an entry are then all that stay, the gradient included.
 """
 
 import argparse
@@ -14,10 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import SparseAdamW
+from engine.sparse.optimizers import build_optimizer
 from engine.sparse.states import StateStore
+from engine.spec import RunSpec
 
 ROUNDS = 15
+WIDTH, DENSITY = 4096, 0.02  # of the weights that are written
 Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -44,17 +49,19 @@ WAYS: dict[str, Make] = {
     "ours, aged, 8 bit, main memory": _ours(True, True, True),
     "bitsandbytes AdamW8bit": _peer,
 }
+WRITTEN = ("float32", "8bit", "compact")  # optimizer_states
 
 
 class Bench:
     """An optimizer over values of its own, and one update of it."""
 
-    def __init__(self, make: Make, device: str, tensors: int, entries: int) -> None:
-        """Make values and gradients, and do the first update, which makes the states."""
-        self._values = [nn.Parameter(torch.zeros(entries, device=device)) for _ in range(tensors)]
-        for values in self._values:
-            values.grad = 1e-3 * torch.randn_like(values)
-        self._optimizer = make(self._values)
+    def __init__(
+        self, values: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, entries: Sequence[ActiveEntries] = ()
+    ) -> None:
+        """Make gradients, and do the first update, which makes the states; `entries`: to be written back."""
+        self._values, self._optimizer, self._entries = values, optimizer, entries
+        for each in values:
+            each.grad = 1e-3 * torch.randn(each.numel(), device=each.device)
         self.step_s()
 
     def step_s(self) -> float:
@@ -62,17 +69,25 @@ class Bench:
         self._wait()
         begun = time.perf_counter()
         self._optimizer.step()
+        for entry in self._entries:
+            entry.write_back()
         self._wait()
         return time.perf_counter() - begun
 
     def entry_bytes(self, device: str) -> float:
-        """Return the bytes of states an entry that lie on `device`; code books are shared and not counted."""
-        states = (
+        """Return the bytes of states an entry that lie on `device`; code books are shared and not counted.
+
+        Of entries that are written back: of all that stays.
+        """
+        states = [
             state
             for values in self._values
             for name, state in self._optimizer.state[values].items()
             if isinstance(state, torch.Tensor) and not name.startswith("qmap")
-        )
+        ]
+        for entry in self._entries:
+            states += [tensor for _, tensor in entry.resident()]
+            states += [] if entry.values.grad is None else [entry.values.grad]
         held = sum(state.nbytes for state in states if state.device.type == device)
         return held / sum(values.numel() for values in self._values)
 
@@ -81,10 +96,28 @@ class Bench:
             torch.cuda.synchronize()
 
 
+def _updating(make: Make, device: str, tensors: int, entries: int) -> Bench:
+    values = [nn.Parameter(torch.zeros(entries, device=device)) for _ in range(tensors)]
+    return Bench(values, make(values))
+
+
+def _writing(states: str, device: str, tensors: int, entries: int) -> Bench:
+    spec = RunSpec(model="random", method="random", optimizer_states=states, dtype="bfloat16")
+    rows = round(entries / DENSITY / WIDTH)
+    made = []
+    for number in range(tensors):
+        weight = nn.Parameter(torch.randn(rows, WIDTH, device=device).bfloat16(), requires_grad=False)
+        entry = ActiveEntries(str(number), weight, entries, compact=states == "compact")
+        entry.place(torch.randperm(weight.numel())[:entries].sort().values.int())
+        made.append(entry)
+    return Bench([entry.values for entry in made], build_optimizer(made, spec), made)
+
+
 def measure(device: str, tensors: int, entries: int) -> list[dict[str, str | float]]:
     """Return a row for each way: ratio of its update's time, and bytes of states an entry by where they lie."""
     torch.manual_seed(0)
-    benches = {name: Bench(make, device, tensors, entries) for name, make in WAYS.items()}
+    benches = {name: _updating(make, device, tensors, entries) for name, make in WAYS.items()}
+    benches |= {f"written, {states}": _writing(states, device, tensors, entries) for states in WRITTEN}
     rounds = [{name: bench.step_s() for name, bench in benches.items()} for _ in range(ROUNDS)]
     first = next(iter(WAYS))
     kind = torch.device(device).type

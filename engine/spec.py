@@ -321,12 +321,14 @@ class RunSpec(BaseModel):
         ),
     ] = "auto"
     optimizer_states: Annotated[
-        Literal["float32", "8bit"],
+        Literal["float32", "8bit", "compact"],
         About(
             "optimizer",
             "Optimizer states",
             "Of adamw. 8bit: its moments as blockwise codes of bitsandbytes, a quarter of the memory; tensors with "
-            "fewer than 4,096 trained entries stay in float32. The trained values are always float32.",
+            "fewer than 4,096 trained entries stay in float32. compact: 8bit, and the entries themselves in little "
+            "memory, 12 bytes each with gradient and states; over bfloat16 the base holds half of each value. The "
+            "trained values are always float32.",
         ),
     ] = "float32"
     offload_states: Annotated[

@@ -102,6 +102,16 @@ def _state_problems(spec: RunSpec) -> dict[str, str]:
             problems["offload_states"] = (
                 f"offload_states must be false {why}, got true. Use offload_states=false, or optimizer=adamw."
             )
+    elif spec.optimizer_states == "compact" and spec.method in BASELINES:
+        problems["optimizer_states"] = (
+            f"optimizer_states must be float32 or 8bit for {spec.method}, which trains no sparse entries, got "
+            "'compact'. Use optimizer_states=8bit."
+        )
+    elif spec.optimizer_states == "compact" and spec.quantization == "none" and spec.dtype != "bfloat16":
+        problems["dtype"] = (
+            "dtype must be bfloat16 for optimizer_states=compact, where the base holds half of each value, got "
+            f"{spec.dtype!r}. Use dtype=bfloat16, quantization=nf4, or optimizer_states=8bit."
+        )
     if optimizer == "rprop" and spec.weight_decay:
         problems["weight_decay"] = (
             f"weight_decay must be 0 for rprop, which reads the sign of the gradient only, got {spec.weight_decay:g}. "

@@ -113,7 +113,7 @@ class GradientMeter:
             return
         squares = grad.flatten().float().square()
         sums = self._sums.setdefault(entry.name, _Sums(grad.numel()))
-        if entry.indices is None:
+        if not entry.is_placed:
             entry.place(select_topk_indices(grad, entry.num_active))
             sums.zeros = grad.numel() - int(grad.count_nonzero())
             sums.largest = float(grad.abs().max())

@@ -12,6 +12,7 @@ from engine.units import MIB
 FP32_BYTES = 4
 INT64_BYTES = 8
 INT32_LIMIT = 2**31  # positions from here on need 8 bytes
+MOST_COLUMNS = 2**16  # that 2 bytes tell apart
 
 # Measured on the CPU build of torch 2.13 with transformers 5.23, datasets 5.2 and peft 0.21 on Linux x86-64: resident
 # memory of a worker that imported them, read the bundled dataset and loaded the bundled model, less that model.
@@ -81,14 +82,31 @@ def replaced_bytes(num_active: int, element_bytes: int) -> int:
     return element_bytes * num_active
 
 
-def indices_bytes(numels: Mapping[str, int], num_active: Mapping[str, int]) -> int:
+def split_values_bytes(num_active: int) -> int:
+    """Return the size of split masters: the low half and the replaced base entry, 2 bytes each.
+
+    The high half is the bf16 weight itself, where a value of 4 bytes would lie beside it.
+    """
+    return FP32_BYTES * num_active
+
+
+def indices_bytes(
+    numels: Mapping[str, int], num_active: Mapping[str, int], widths: Mapping[str, int] | None = None
+) -> int:
     """Return the size of the flat positions: 4 bytes each, 8 in a tensor of 2**31 entries or more.
 
     Args:
         numels: entries of each target.
         num_active: trained entries of each target.
+        widths: of the last dimension of each, where positions are kept by rows if that is less: columns of 2 bytes, of
+            which there are up to 65,536, and 4 for where each row begins.
     """
-    return sum((4 if numels[name] < INT32_LIMIT else INT64_BYTES) * count for name, count in num_active.items())
+    total = 0
+    for name, count in num_active.items():
+        flat = (4 if numels[name] < INT32_LIMIT else INT64_BYTES) * count
+        width = MOST_COLUMNS + 1 if widths is None else widths[name]
+        total += flat if width > MOST_COLUMNS else min(flat, 2 * count + 4 * (numels[name] // width + 1))
+    return total
 
 
 def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
@@ -138,9 +156,22 @@ def dense_gradient_bytes(numel: int, element_bytes: int) -> int:
     return element_bytes * numel
 
 
-def gather_bytes(num_active: int, element_bytes: int) -> int:
-    """Return what reading the trained entries out of a dense gradient takes: an entry and, in 16 bit, its fp32 copy."""
-    return (element_bytes + (FP32_BYTES if element_bytes != FP32_BYTES else 0)) * num_active
+def gather_bytes(num_active: int, element_bytes: int, *, by_rows: bool = False) -> int:
+    """Return what reading the trained entries out of a dense gradient takes: an entry and, in 16 bit, its fp32 copy.
+
+    `by_rows`: positions are unpacked first, to 4 bytes each.
+    """
+    copy = FP32_BYTES if element_bytes != FP32_BYTES else 0
+    return (element_bytes + copy + (FP32_BYTES if by_rows else 0)) * num_active
+
+
+def adding_bytes(num_active: int, element_bytes: int, *, by_rows: bool = False) -> int:
+    """Return what adding the values to a dequantised weight takes: int64 positions, entries and sums, in fp32 and not.
+
+    `by_rows`: positions are unpacked first, to 4 bytes each.
+    """
+    each = INT64_BYTES + 2 * FP32_BYTES + 2 * element_bytes
+    return (each + (FP32_BYTES if by_rows else 0)) * num_active
 
 
 def choosing_bytes(numel: int, num_active: int, element_bytes: int, *, squared: bool, left: int = 0) -> int:
@@ -152,11 +183,6 @@ def choosing_bytes(numel: int, num_active: int, element_bytes: int, *, squared: 
     each = FP32_BYTES if squared else element_bytes
     copies = FP32_BYTES * numel * (2 if element_bytes != FP32_BYTES else 1) if squared else 0
     return copies + max((each + 3) * numel, topk_bytes(numel, num_active, each) + left)
-
-
-def placed_bytes(num_active: int, element_bytes: int, quantised: bool) -> int:
-    """Return what the chosen entries of one tensor take from then on: positions; of a dense base its entries."""
-    return (FP32_BYTES + (0 if quantised else element_bytes)) * num_active
 
 
 def probe_bytes(numel: int, element_bytes: int) -> int:
@@ -217,18 +243,29 @@ def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
     return (INT64_BYTES + 2 * FP32_BYTES + element_bytes) * max(num_active.values())
 
 
-def update_bytes(size: int, optimizer: str, *, ages: bool = False, eight_bit: bool = False, decay: bool = False) -> int:
+def update_bytes(
+    size: int,
+    optimizer: str,
+    *,
+    ages: bool = False,
+    eight_bit: bool = False,
+    split: bool = False,
+    decay: bool = False,
+) -> int:
     """Return what the update of one tensor of `size` trained entries takes beside what stays; see `OPTIMIZERS`.
 
     SM3: of each entry its row and column in int64, both accumulators, their minimum, its square and the update.
     AdamW with ages: the age as a number, both bias corrections, root, denominator and update. With 8-bit states also
     both moments in fp32; quantising takes 14 bytes beside them: scaled numbers, codes and limits of 4 bytes, and masks.
+    Of split masters also the values in fp32; writing them takes 16 beside: both halves, positions in int32 and int64.
     """
     if optimizer == "sm3":
         return (2 * INT64_BYTES + 6 * FP32_BYTES) * size
     temporaries = OPTIMIZERS[optimizer][2] + (decay and optimizer not in FUSED)
     each = FP32_BYTES * (6 if ages else temporaries)
-    return (2 * FP32_BYTES + max(each, 14) if eight_bit else each) * size
+    if not eight_bit:
+        return each * size
+    return (2 * FP32_BYTES + max(14, FP32_BYTES + max(each, 16) if split else each)) * size
 
 
 def replacing_bytes(size: int) -> int:

@@ -49,13 +49,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """The weight of a linear layer: entries; whether it is stored in NF4; what of it is trained, or beside it."""
+    """The weight of a linear layer: entries; whether it is stored in NF4; what of it is trained, or beside it.
+
+    `adding`: bytes that adding the values to a dequantised weight takes.
+    """
 
     numel: int
     quantised: bool = False
     trained: Weight | None = None
     adapter: Adapter | None = None
-    active: int = 0
+    adding: int = 0
 
 
 class Operations:
@@ -127,9 +130,7 @@ class Operations:
         if weight.trained is None:
             y = self.tape.op(num_bytes, [x], scratch=rebuilt)
         elif weight.quantised:
-            # W + D: of each entry its int64 position, value before and after, sum.
-            added = (INT64_BYTES + 2 * FP32_BYTES + 2 * self.e) * weight.active
-            y = self.tape.op(num_bytes, [x], scratch=rebuilt + added, weight=weight.trained, reads=x)
+            y = self.tape.op(num_bytes, [x], scratch=rebuilt + weight.adding, weight=weight.trained, reads=x)
         else:
             y = self.tape.op(num_bytes, [x], weight=weight.trained, reads=x)
         if adapter is None:

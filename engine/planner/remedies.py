@@ -126,6 +126,11 @@ def _offload(spec: RunSpec, device: Device) -> Iterator[Option]:
 def _eight_bit(spec: RunSpec, device: Device) -> Iterator[Option]:
     if optimizer_of(spec) == "adamw" and spec.optimizer_states == "float32":
         yield "8-bit optimizer states", {"optimizer_states": "8bit"}, "the moments of AdamW are rounded to 8 bits"
+    halved = spec.quantization == "nf4" or spec.dtype == "bfloat16" or (spec.dtype == "auto" and not device.is_cpu)
+    if optimizer_of(spec) == "adamw" and spec.method not in BASELINES and halved and spec.optimizer_states != "compact":
+        changes = {"optimizer_states": "compact"} | ({"dtype": "bfloat16"} if spec.dtype == "auto" else {})
+        cost = "the moments of AdamW are rounded to 8 bits; the update of the entries takes about twice as long"
+        yield "entries and optimizer states in 12 bytes", changes, cost
 
 
 def _dtype(spec: RunSpec, device: Device) -> Iterator[Option]:

@@ -43,7 +43,8 @@ class Scenario:
         if func in _UPDATES:
             return None
         if func is _aten.repeat_interleave.Tensor:
-            return func(*args, **{**kwargs, "output_size": self._counts.get(args[0].numel(), self._count)})
+            size = kwargs.get("output_size") or self._counts.get(args[0].numel(), self._count)
+            return func(*args, **{**kwargs, "output_size": size})
         if func is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _in_bfloat16(func, args, kwargs)
         if func in _FACTORIES:

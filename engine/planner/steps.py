@@ -69,8 +69,7 @@ class Pass:
             parts["gradients"] += formulas.candidates_bytes(count)
         elif self._taking == "choosing":
             parts["indices"] = work.indices_bytes
-            if not work.quantised:
-                parts["values"] = formulas.replaced_bytes(count, work.setting.element_bytes)
+            parts["values"] = work.kept_bytes(count)
         return parts
 
     def _weight(self, name: str) -> Weight:
@@ -84,9 +83,9 @@ class Pass:
         buffered = work.is_function(name)
         phase = work.spec.method == "spiel-ag"
         left = formulas.gradients_bytes(count) if self._first else 0
-        reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e)
+        reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e, by_rows=work.compact)
         if self._taking == "choosing":
-            left += formulas.candidates_bytes(count) if phase else formulas.placed_bytes(count, e, bool(work.quantised))
+            left += formulas.candidates_bytes(count) if phase else work.placed_bytes(name)
             reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
             return Weight(dense, reading, left, buffered)
         if work.spec.probe_interval:
@@ -99,7 +98,9 @@ class Pass:
         adapter = None
         if work.adapted and name in work.numels:
             adapter = adapter_of(work.spec, name, work.shape.tensors[name], self._first)
-        return LinearWeight(numel, bool(numel), self._weights.get(name), adapter, work.active.get(name, 0))
+        e = work.setting.element_bytes
+        adding = formulas.adding_bytes(work.active.get(name, 0), e, by_rows=work.compact)
+        return LinearWeight(numel, bool(numel), self._weights.get(name), adapter, adding)
 
     def _blocks(self) -> list[Segment]:
         """Return the blocks that a gradient reaches, from the last to the first."""

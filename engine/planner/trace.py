@@ -257,10 +257,7 @@ class _Labels:
         inner = self._tuning.inner if isinstance(self._tuning, HeadedTuning) else self._tuning
         if isinstance(inner, SparseTuning):
             for entry in inner.entries:
-                if entry.indices is not None:
-                    yield "indices", entry.indices
-                if entry.base is not None:
-                    yield "values", entry.base
+                yield from entry.resident()
         if isinstance(self._tuning.spiel, SpielAG):
             for each in self._tuning.spiel.candidates.values():
                 yield from (("gradients", part) for part in (each.indices, each.grad, each.total, each.squares))

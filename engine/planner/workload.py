@@ -1,7 +1,7 @@
 """A spec made concrete for the planner: the micro-batch, the targets, how many entries of each are trained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -83,6 +83,11 @@ class Workload:
         return chosen or self.spec.gradient_accumulation
 
     @property
+    def compact(self) -> bool:
+        """Whether the entries are kept in little memory."""
+        return self.spec.optimizer_states == "compact"
+
+    @property
     def settled_bytes(self) -> int:
         """What entries take that left the choice and keep their change: on the device over NF4, else in main memory."""
         period, steps = self.spec.reselection_period, self.spec.max_steps
@@ -105,7 +110,9 @@ class Workload:
         if self.spec.method == "full":
             return values if e != FP32_BYTES else 0
         settled = self.settled_bytes if self.quantised or self.on_cpu else 0
-        return values + settled + (0 if self.quantised or self.adapted else formulas.replaced_bytes(self.num_active, e))
+        if self.adapted:
+            return values
+        return settled + self.kept_bytes(self.num_active) + (0 if self._split else values)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -158,9 +165,15 @@ class Workload:
             largest,
             optimizer_of(spec),
             ages=self._aged,
-            eight_bit=spec.optimizer_states == "8bit",
+            eight_bit=spec.optimizer_states != "float32",
+            split=self._split,
             decay=spec.weight_decay > 0,
         )
+
+    @property
+    def _split(self) -> bool:
+        """Whether a dense base holds half of each value."""
+        return self.compact and not self.quantised
 
     @property
     def _aged(self) -> bool:
@@ -172,13 +185,32 @@ class Workload:
             optimizer_of(self.spec),
             accumulators=self.targets.accumulators,
             ages=self._aged,
-            eight_bit=self.spec.optimizer_states == "8bit",
+            eight_bit=self.spec.optimizer_states != "float32",
         )
 
     @property
     def indices_bytes(self) -> int:
         """The positions of the values; a baseline has none."""
-        return 0 if self.spec.method in BASELINES else formulas.indices_bytes(self.numels, self.active)
+        if self.spec.method in BASELINES:
+            return 0
+        return self._indices_of(self.numels)
+
+    def _indices_of(self, names: Iterable[str]) -> int:
+        active = {name: self.active[name] for name in names}
+        widths = {name: self.shape.tensors[name][-1] for name in active} if self.compact else None
+        return formulas.indices_bytes(self.numels, active, widths)
+
+    def placed_bytes(self, name: str) -> int:
+        """Return what the chosen entries of one target take from then on: positions, and what `kept_bytes` says."""
+        return self._indices_of([name]) + self.kept_bytes(self.active[name])
+
+    def kept_bytes(self, num_active: int) -> int:
+        """Return what `num_active` chosen entries of a dense base keep of it: the entries, split masters in whole."""
+        if self.quantised:
+            return 0
+        if self._split:
+            return formulas.split_values_bytes(num_active)
+        return formulas.replaced_bytes(num_active, self.setting.element_bytes)
 
     @property
     def trains_head(self) -> bool:

@@ -145,9 +145,9 @@ class SparseTuning:
         self._last_pass = watched[-1] is self.entries[-1]
 
     def _place(self, entry: ActiveEntries, indices: Tensor) -> None:
-        if entry.indices is None:
+        if not entry.is_placed:
             entry.place(indices)
-            source = torch.full_like(entry.placed, -1, dtype=torch.int64)
+            source = torch.full_like(indices, -1, dtype=torch.int64)
         else:
             source = entry.move(indices)
         new = (source < 0).nonzero().flatten()
@@ -178,7 +178,7 @@ class SparseTuning:
         """Take the gradient grad_y.T @ x of a weight: all of it where someone wants it so, else what is wanted."""
         if self._wants_dense(entry):
             self._take(entry, self._linear.dense(grad_y, x))
-        elif self._selection is None and entry.indices is not None:
+        elif self._selection is None and entry.is_placed:
             wanted = None if self.spiel is None else self.spiel.wanted(entry)
             gathered, besides = self._linear.gather(entry, wanted, grad_y, x)
             entry.add_gradient(gathered)
@@ -190,16 +190,16 @@ class SparseTuning:
             return True
         if self.spiel is not None and self.spiel.wants_dense(entry):
             return True
-        return self.probe is not None and entry.indices is not None
+        return self.probe is not None and entry.is_placed
 
     def _take(self, entry: ActiveEntries, grad: Tensor) -> None:
         if self._selection is not None:
             self._selection.observe(entry, grad)
-        elif entry.indices is not None:  # None: no gradient reached the weight while the entries were chosen
+        elif entry.is_placed:  # else no gradient reached the weight while the entries were chosen
             entry.add_gradient(entry.gather(grad))
         if self.spiel is not None:
             self.spiel.observe(entry, grad)
-        if self.probe is not None and entry.indices is not None:
+        if self.probe is not None and entry.is_placed:
             self.probe.observe(entry, grad)
 
     def end_micro_step(self) -> None:
@@ -229,12 +229,7 @@ class SparseTuning:
         """Return what a checkpoint needs besides the optimizer's states: indices, values, SpIEL's candidates."""
         state = {**self._linear.state(), **({} if self.spiel is None else self.spiel.state())}
         for entry in self.entries:
-            if entry.indices is not None:
-                state[f"{entry.name}.indices"] = entry.indices
-                state[f"{entry.name}.values"] = entry.values.detach()
-            if entry.settled is not None:
-                state[f"{entry.name}.settled_indices"] = entry.settled.indices
-                state[f"{entry.name}.settled_values"] = entry.settled.values
+            state |= {f"{entry.name}.{part}": tensor for part, tensor in entry.state().items()}
         return state
 
     @torch.no_grad()
@@ -243,11 +238,8 @@ class SparseTuning:
         self._selection = None
         self._linear.load_state(state)
         for entry in self.entries:
-            if f"{entry.name}.indices" in state:
-                entry.place(state[f"{entry.name}.indices"])
-                entry.values.copy_(state[f"{entry.name}.values"])
-            if f"{entry.name}.settled_indices" in state:
-                entry.settle(state[f"{entry.name}.settled_indices"], state[f"{entry.name}.settled_values"])
+            prefix = f"{entry.name}."
+            entry.load_state({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
         if self.spiel is not None:
             self.spiel.load_state(state)
         self.write_back()
@@ -297,7 +289,8 @@ def attach(model: nn.Module, spec: RunSpec, *, functions: bool = True, without: 
     weights = {name: weight for name, weight in base_weights(model).items() if name not in without}
     names = match_targets({name: tuple(weight.shape) for name, weight in weights.items()}, spec.targets)
     counts = num_active_of({name: weights[name].numel() for name in names}, spec.density, spec.num_trainable)
-    entries = [ActiveEntries(name, weights[name], count) for name, count in counts.items()]
+    compact = spec.optimizer_states == "compact"
+    entries = [ActiveEntries(name, weights[name], count, compact=compact) for name, count in counts.items()]
     tuning = SparseTuning(model, entries, spec, functions=functions)
     if spec.method in ("random", "spiel-ag", "spiel-ma"):  # SpIEL starts at random
         structure = spec.structure if spec.method == "random" else "free"

@@ -9,13 +9,28 @@ one; the one for GPUs runs on the legacy default stream, whichever stream is cur
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # bitsandbytes, optimizers of 8 bit
-_DROPPED_BITS = 15  # of fp32; see `_search_table`
+_BLOCK_BITS = 8
+BLOCK = 1 << _BLOCK_BITS  # bitsandbytes, optimizers of 8 bit
+_DROPPED_BITS = 15  # of fp32; see `code_tables`
 FEWEST = 4096  # smaller tensors stay in fp32: bitsandbytes, min_8bit_size
+
+
+class CodeTables(NamedTuple):
+    """What codes are found and read by.
+
+    `book`: (256,) the numbers they stand for; `first`: (2^17,) int32, the lowest code among fp32 numbers of equal first
+    bits; `limits`: (256,) the upper limit of each code; `least`: the lowest code that is used.
+    """
+
+    book: Tensor
+    first: Tensor
+    limits: Tensor
+    least: int
 
 
 @lru_cache(maxsize=8)
@@ -37,25 +52,37 @@ def quantize(numbers: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
         numbers: any shape and float dtype; not negative where `signed` is false.
         signed: which code book.
     """
+    return encode(numbers, code_tables(signed, numbers.device))
+
+
+def encode(numbers: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
+    """Return what `quantize` does, by tables at hand: plain torch, to be compiled."""
     count = numbers.numel()
     padded = torch.nn.functional.pad(numbers.detach().float().flatten(), (0, -count % BLOCK)).view(-1, BLOCK)
     scales = torch.maximum(padded.amax(1), -padded.amin(1))
     scaled = (padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[:count]
     del padded
-    codes = _nearest(scaled, signed).to(torch.uint8).view(numbers.shape)
-    return codes if signed else codes.clamp_(min=1), scales
+    codes = _nearest(scaled, tables).to(torch.uint8).view(numbers.shape)
+    return codes.clamp_(min=tables.least) if tables.least else codes, scales
 
 
-def _nearest(scaled: Tensor, signed: bool) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, tables: CodeTables) -> Tensor:
+    """Return what `dequantize` does, by tables at hand: plain torch, to be compiled."""
+    # Not // BLOCK: compiled for a CPU by torch 2.13 that goes wrong in a last block that is not full.
+    block = torch.arange(codes.numel(), device=codes.device) >> _BLOCK_BITS
+    return tables.book.index_select(0, codes.flatten().int()).mul_(scales.index_select(0, block)).view(codes.shape)
+
+
+def _nearest(scaled: Tensor, tables: CodeTables) -> Tensor:
     """Return the nearest code, int32, of each number in [-1, 1]: looked up by its first bits, then compared once."""
-    first, limits = _search_table(signed, scaled.device)
+    first = tables.first
     codes = first.index_select(0, (scaled.view(torch.int32) >> _DROPPED_BITS).bitwise_and_(len(first) - 1))
-    return codes.add_(scaled > limits.index_select(0, codes))
+    return codes.add_(scaled > tables.limits.index_select(0, codes))
 
 
 @lru_cache(maxsize=8)
-def _search_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the lowest code among fp32 numbers of equal first bits, (2^17,) int32, and the upper limit of each code.
+def code_tables(signed: bool, device: torch.device) -> CodeTables:
+    """Return the tables of the codes of signed or unsigned numbers.
 
     Numbers of equal sign, exponent and first 8 bits of the fraction differ by less than a 256th, codes by more than a
     150th: at most one limit lies between them.
@@ -65,7 +92,7 @@ def _search_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     lowest = torch.arange(-(2**31), 2**31, 1 << _DROPPED_BITS, device=device).int()
     bounds = torch.stack((lowest, lowest | (1 << _DROPPED_BITS) - 1)).view(torch.float32)
     codes = torch.bucketize(bounds.amin(0), limits[:-1], out_int32=True)
-    return codes.roll(len(codes) // 2), limits
+    return CodeTables(book, codes.roll(len(codes) // 2), limits, least=0 if signed else 1)
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:

@@ -56,7 +56,7 @@ class SparseDelta:
     @classmethod
     def of(cls, info: DeltaInfo, entries: Iterable[ActiveEntries]) -> "SparseDelta":
         """Return a copy of what `entries` hold now; weights without chosen entries are left out."""
-        return cls(info, {entry.name: entry.change() for entry in entries if entry.indices is not None})
+        return cls(info, {entry.name: entry.change() for entry in entries if entry.is_placed})
 
     def apply(self, model: nn.Module) -> list[ActiveEntries]:
         """Put the delta into the weights of `model`, in place.
@@ -72,8 +72,8 @@ class SparseDelta:
         applied = []
         for name, (indices, values) in self.tensors.items():
             entry = ActiveEntries(name, weights[name], indices.numel())
-            entry.place(indices)
-            entry.values.requires_grad_(False).copy_(values)
+            entry.values.requires_grad_(False)
+            entry.place(indices, values)
             entry.write_back()
             applied.append(entry)
         LinearFunctions(model, [entry for entry in applied if isinstance(entry.weight, NF4Weight)])

@@ -17,10 +17,10 @@ COSTS_KEY = "gradient_costs"  # in a checkpoint
 
 @dataclass
 class _Planned:
-    """A plan, and the positions that it was made for: those of the entries, and others wanted besides."""
+    """A plan, and what it was made for: a placement of the entries, and other positions wanted besides."""
 
     plan: GradientPlan
-    own: Tensor
+    placement: int
     others: Tensor | None
 
 
@@ -68,15 +68,15 @@ class LinearGradients:
 
     def multiplied(self) -> int:
         """Return how many entries of dense gradients the weights whose entries are placed need computed."""
-        return sum(self._plan(entry, None).multiplied for entry in self.entries if entry.indices is not None)
+        return sum(self._plan(entry, None).multiplied for entry in self.entries if entry.is_placed)
 
     def _plan(self, entry: ActiveEntries, others: Tensor | None) -> GradientPlan:
         known = self._planned.get(entry.name)
-        if known is None or known.own is not entry.placed or known.others is not others:
-            indices = entry.placed if others is None else torch.cat((entry.placed, others.to(entry.placed.dtype)))
+        if known is None or known.placement != entry.placement or known.others is not others:
             out_features, in_features = entry.weight.shape
-            plan = plan_gradient(indices, (out_features, in_features), self.tokens, self._costs, self.way)
-            known = self._planned[entry.name] = _Planned(plan, entry.placed, others)
+            shape = out_features, in_features
+            plan = plan_gradient(_joined(entry, others), shape, self.tokens, self._costs, self.way)
+            known = self._planned[entry.name] = _Planned(plan, entry.placement, others)
         return known.plan
 
     def state(self) -> dict[str, Tensor]:
@@ -88,3 +88,8 @@ class LinearGradients:
         if COSTS_KEY in state:
             self._costs = GradientCosts(*state[COSTS_KEY].tolist())
             self._planned.clear()
+
+
+def _joined(entry: ActiveEntries, others: Tensor | None) -> Tensor:
+    placed = entry.placed
+    return placed if others is None else torch.cat((placed, others.to(placed.dtype)))

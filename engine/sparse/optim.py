@@ -5,13 +5,17 @@ Weight decay acts on the values: it pulls the change towards zero, that is the m
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from engine.sparse.states import Moments, StateStore
+from engine.sparse.adamw import aged_update
+from engine.sparse.compiled import CompiledUpdate, Numbers, Settings
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.states import SCALES, Moments, StateStore
 
 ADAM_BETAS = (0.9, 0.999)  # arXiv:2312.11875 names AdamW without further settings: torch's defaults
 ADAM_EPS = 1e-8
@@ -43,27 +47,6 @@ class EntrySeeds:
     age: int
 
 
-def aged_update(values: Tensor, grad: Tensor, moments: Moments, betas: tuple[float, float], eps: float) -> Tensor:
-    """Return what AdamW takes from each entry at a rate of 1, and bring its moments and age up to date, in place.
-
-    m (sqrt(1 - b2^age)) / ((sqrt(v) + eps) (1 - b1^age)), as published with SpIEL (arXiv:2401.16405).
-
-    Args:
-        values: (num_active,); their dtype is computed in.
-        grad: (num_active,).
-        moments: of the entries, with the age of each.
-        betas: b1, b2.
-        eps: added to the root.
-    """
-    beta1, beta2 = betas
-    moments.age.add_(moments.age < torch.iinfo(moments.age.dtype).max)
-    moments.exp_avg.lerp_(grad, 1 - beta1)
-    moments.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    age = moments.age.to(values.dtype)
-    denominator = (moments.exp_avg_sq.sqrt() + eps) * (1 - beta1**age)
-    return moments.exp_avg * (1 - beta2**age).sqrt() / denominator
-
-
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW over the values of a delta, whose states are kept as a `StateStore` says.
 
@@ -82,9 +65,26 @@ class SparseAdamW(torch.optim.Optimizer):
         *,
         store: StateStore = IN_PLACE,
         aged: bool = True,
+        split: Iterable[ActiveEntries] = (),
+        compiled: bool | None = None,
     ) -> None:
-        """Prepare; the states of a tensor, of zero, come with its first gradient."""
+        """Prepare; the states of a tensor, of zero, come with its first gradient.
+
+        Args:
+            values: the parameters.
+            lr: rate of the first update.
+            betas: of the moments.
+            eps: added to the root of the second one.
+            weight_decay: share of the values taken away at a rate of 1.
+            store: keeps the states.
+            aged: whether each entry has an age of its own.
+            split: the entries among `values` whose numbers are read and written there, one weight's at a time.
+            compiled: whether updates with 8-bit states are compiled (`compiled.py`); by default those on a GPU.
+        """
         self.betas = betas
+        self._split = {entry.values: entry for entry in split}
+        self._compiled = compiled
+        self._run = CompiledUpdate()
         self._store = store
         self._aged = aged
         super().__init__(values, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
@@ -99,13 +99,39 @@ class SparseAdamW(torch.optim.Optimizer):
                 here = [values for values in moving if values.device == device]
                 states = [self.state_of(values) for values in here]
                 for packed, values in zip(self._store.visit(states, device), here, strict=True):
-                    moments = self._store.unpack(packed, values)
-                    self._update(values, moments, group)
-                    packed.update(self._store.pack(moments))
+                    compiled = device.type == "cuda" if self._compiled is None else self._compiled
+                    if compiled and "exp_avg" + SCALES in packed and values.dtype == torch.float32:
+                        self._run_compiled(values, packed, group)
+                    else:
+                        moments = self._store.unpack(packed, values)
+                        self._update(values, moments, group)
+                        packed.update(self._store.pack(moments))
 
-    def _update(self, values: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
-        grad, rate, decay = values.grad, group["lr"], group["weight_decay"]
-        assert grad is not None
+    def _run_compiled(self, parameter: nn.Parameter, packed: dict[str, Tensor], group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        settings = Settings(self.betas, group["eps"], group["weight_decay"])
+        grad, entry = parameter.grad, self._split.get(parameter)
+
+        def step(*numbers: Tensor) -> Numbers:
+            now, states = self._run(numbers, grad, packed, group["lr"], settings)
+            packed.update(states)
+            return now
+
+        if entry is None:
+            parameter.copy_(step(parameter.detach())[0])
+        else:
+            entry.update_halves(step)
+
+    def _update(self, parameter: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        entry = self._split.get(parameter)
+        if entry is None:
+            self._change(parameter, parameter.grad, moments, group)
+        else:
+            entry.update_values(partial(self._change, grad=parameter.grad, moments=moments, group=group))
+
+    def _change(self, values: Tensor, grad: Tensor, moments: Moments, group: dict[str, Any]) -> None:
+        rate, decay = group["lr"], group["weight_decay"]
         if self._aged:
             values.sub_(rate * aged_update(values, grad, moments, self.betas, group["eps"]))
             values.sub_(rate * decay * values)

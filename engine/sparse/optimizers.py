@@ -50,7 +50,8 @@ def build_optimizer(
     if optimizer_of(spec) == "sm3":
         return SM3(entries, spec.learning_rate, SM3_EPS if eps is None else eps, spec.weight_decay)
     own = SPIEL_ADAM_EPS if spec.method == "spiel-ag" else ADAM_EPS
-    return values_optimizer([entry.values for entry in entries], spec, betas=betas, eps=own if eps is None else eps)
+    values, split = [entry.values for entry in entries], [entry for entry in entries if entry.split]
+    return values_optimizer(values, spec, betas=betas, eps=own if eps is None else eps, split=split)
 
 
 def values_optimizer(
@@ -59,16 +60,18 @@ def values_optimizer(
     *,
     betas: tuple[float, float] = ADAM_BETAS,
     eps: float = ADAM_EPS,
+    split: Sequence[ActiveEntries] = (),
 ) -> torch.optim.Optimizer:
     """Return AdamW, SGD or another of torch's over `values`, which may be of any shape.
 
     torch's fused AdamW, without temporaries, where the entries stay, their states too, and in fp32; else our own.
+    `split`: the entries among `values` whose parameters hold no numbers; of all optimizers our AdamW alone takes such.
     """
     name, rate, decay = optimizer_of(spec), spec.learning_rate, spec.weight_decay
-    store = StateStore(eight_bit=spec.optimizer_states == "8bit", offload=spec.offload_states)
+    store = StateStore(eight_bit=spec.optimizer_states != "float32", offload=spec.offload_states)
     aged = entries_move(spec)
     if name == "adamw" and (aged or store != StateStore()):
-        return SparseAdamW(values, rate, betas, eps, decay, store=store, aged=aged)
+        return SparseAdamW(values, rate, betas, eps, decay, store=store, aged=aged, split=split)
     if name == "adamw":
         return torch.optim.AdamW(values, lr=rate, betas=betas, eps=eps, weight_decay=decay, fused=True)
     if name == "sgd":

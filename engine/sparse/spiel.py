@@ -93,10 +93,8 @@ def replace_entries(entry: ActiveEntries, positions: Tensor, source: Tensor) -> 
         positions: (n,) flat positions, sorted; n need not be what it was.
         source: (n,) int64, the place of each in the arrays of `entry`, whose value it keeps, or -1: it starts with 0.
     """
-    values = torch.where(source >= 0, entry.values.detach()[source.clamp(min=0)], 0.0)
-    entry.place(positions.to(entry.placed.dtype))
-    with torch.no_grad():
-        entry.values.copy_(values)
+    values = torch.where(source >= 0, entry.read_values()[source.clamp(min=0)], 0.0)
+    entry.place(positions.to(entry.placed.dtype), values)
     entry.write_back()
 
 
@@ -181,7 +179,7 @@ class SpielMA:
             if count:
                 state = self._optimizer.state[entry.values]
                 grown = grow_by_momenta(state["row_max"], state["column_max"], entry.placed, count)
-                values = entry.values.detach()
+                values = entry.read_values()
                 positions, source = exchange(entry.placed.long(), values, choose_drop(values, count), grown)
                 replace_entries(entry, positions, source)
                 born = self._born[entry.name]

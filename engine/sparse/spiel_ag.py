@@ -197,7 +197,7 @@ class SpielAG:
         steps, (beta1, beta2) = self._schedule.estimation_steps, self._optimizer.betas
         old = as_one([(entry.placed, entry.weight.numel()) for entry, _ in found])
         positions = as_one([(each.indices, entry.weight.numel()) for entry, each in found])
-        values = torch.cat([entry.values.detach() for entry, _ in found])
+        values = torch.cat([entry.read_values() for entry, _ in found])
         mean = torch.cat([each.total for _, each in found]) / steps
         mean_square = torch.cat([each.squares for _, each in found]) / steps
         drop = self._drop([entry for entry, _ in found], values, count)

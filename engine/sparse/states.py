@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from engine.sparse.blockwise import FEWEST, dequantize, quantize
 
-_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-_SCALES = "_scales"  # exp_avg holds codes where exp_avg_scales is there
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+SCALES = "_scales"  # exp_avg holds codes where exp_avg_scales is there
 _LAST_AGE = torch.iinfo(torch.int16).max  # 1 - 0.999^32767 is 1 in fp32
 
 
@@ -55,17 +55,17 @@ class StateStore:
         if moments.age.dim() and moments.age.dtype != self._age_dtype(count):  # the tensor grew or shrank
             packed["age"] = moments.age.clamp(max=_LAST_AGE).to(self._age_dtype(count))
         if self._quantised(count):
-            for name, signed in _SIGNED.items():
-                packed[name], packed[name + _SCALES] = quantize(packed[name], signed=signed)
+            for name, signed in SIGNED.items():
+                packed[name], packed[name + SCALES] = quantize(packed[name], signed=signed)
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor], values: nn.Parameter) -> Moments:
         """Return the moments of `values`, in their dtype; fp32 ones are those of `packed`, to be changed in place."""
         exp_avg, exp_avg_sq = (
-            dequantize(packed[name], packed[name + _SCALES], signed=signed).to(values.dtype)
-            if name + _SCALES in packed
+            dequantize(packed[name], packed[name + SCALES], signed=signed).to(values.dtype)
+            if name + SCALES in packed
             else packed[name]
-            for name, signed in _SIGNED.items()
+            for name, signed in SIGNED.items()
         )
         return Moments(exp_avg, exp_avg_sq, packed["age"])
 

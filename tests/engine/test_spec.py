@@ -112,6 +112,16 @@ def test_spec_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
             {"optimizer": "radam", "optimizer_states": "8bit"},
             "float32 of radam, which is torch as it stands, got '8bit'",
         ),
+        ({"optimizer_states": "compact"}, "dtype must be bfloat16 for optimizer_states=compact, .*, got 'auto'"),
+        (
+            {"optimizer_states": "compact", "dtype": "float16"},
+            "the base holds half of each value, got 'float16'. Use dtype=bfloat16, quantization=nf4, or .*8bit",
+        ),
+        (
+            {"optimizer_states": "compact", "dtype": "bfloat16", "method": "lora"},
+            "must be float32 or 8bit for lora, which trains no sparse entries, got 'compact'",
+        ),
+        ({"optimizer_states": "compact", "optimizer": "adam"}, "float32 of adam, which is torch as it stands"),
         ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay must be 0 for rprop, .*, got 0.1"),
         ({"optimizer": "lbfgs"}, r"adamw, sm3, .*, got 'lbfgs'. Not those that need matrices \(muon\), a closure"),
         ({"method": "spiel-ag", "optimizer": "adam"}, "optimizer must be adamw for spiel-ag"),

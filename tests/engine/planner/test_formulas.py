@@ -48,6 +48,10 @@ def test_sizes_of_the_trained_entries_are_hand_counted() -> None:
     assert formulas.values_bytes(12) == 48
     assert formulas.replaced_bytes(12, 2) == 24
     assert formulas.indices_bytes({"small": 100, "large": 2**31}, active) == 10 * 4 + 2 * 8
+    assert formulas.split_values_bytes(12) == 48
+    assert formulas.indices_bytes({"w": 600}, {"w": 50}, {"w": 100}) == 50 * 2 + 7 * 4
+    assert formulas.indices_bytes({"wide": 2 * 65_537}, {"wide": 500}, {"wide": 65_537}) == 500 * 4
+    assert formulas.indices_bytes({"few": 600}, {"few": 13}, {"few": 100}) == 13 * 4
     assert formulas.optimizer_states_bytes([10, 2], "sgd") == 0
     assert formulas.optimizer_states_bytes([5000, 10], "adamw", ages=True, eight_bit=True) == (
         2 * (5000 + 4 * 20) + 2 * 5000 + (4 + 4 + 4) * 10

@@ -12,11 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from engine.hardware import Device
 from engine.planner import formulas
-from engine.planner.estimate import Plan, estimate
+from engine.planner.estimate import Plan, Remedy, estimate
+from engine.planner.ledger import RESIDENT
 from engine.planner.remedies import find_remedies
-from engine.planner.shape import read_shape
-from engine.sparse.optimizers import values_optimizer
+from engine.planner.shape import ModelShape, read_shape
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.optimizers import build_optimizer, values_optimizer
 from engine.spec import RunSpec, choices
+from engine.spec_rules import rule_problems
 from engine.units import GIB
 
 CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
@@ -83,6 +86,42 @@ def test_an_update_takes_no_more_than_the_plan_says(
     assert 0.6 * planned <= live.peak <= 1.02 * planned + 2048
 
 
+def _compact(count: int) -> tuple[ActiveEntries, torch.optim.Optimizer]:
+    weight = nn.Parameter(torch.randn(512, 2000).bfloat16(), requires_grad=False)
+    entry = ActiveEntries("w", weight, count, compact=True)
+    entry.place(torch.randperm(weight.numel())[:count].sort().values.int())
+    spec = RunSpec(model="m", method="random", optimizer_states="compact", dtype="bfloat16")
+    optimizer = build_optimizer([entry], spec)
+    entry.add_gradient(torch.randn(count))
+    optimizer.step()
+    entry.write_back()
+    return entry, optimizer
+
+
+@pytest.mark.parametrize("count", [51_200, 300])
+def test_compact_entries_are_counted_to_the_byte(count: int) -> None:
+    entry, _ = _compact(count)
+    held = {"values": 0, "indices": 0}
+    for part, tensor in entry.resident():
+        held[part] += tensor.untyped_storage().nbytes()
+    numel = entry.weight.numel()
+    assert held["values"] == formulas.split_values_bytes(count)
+    assert held["indices"] == formulas.indices_bytes({"w": numel}, {"w": count}, {"w": 2000})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_update_of_compact_entries_takes_no_more_than_the_plan_says(first: bool) -> None:
+    """The first one is made beside the base, and puts the masters into the weight afterwards."""
+    entry, optimizer = _compact(51_200)
+    if first:
+        entry.restore()
+    with _LiveBytes() as live:
+        optimizer.step()
+        entry.write_back()
+    planned = formulas.update_bytes(51_200, "adamw", eight_bit=True, split=True)
+    assert 0.7 * planned <= live.peak <= 1.02 * planned + 4 * 512 + 2048
+
+
 def _plan(folder: str, **fields: Any) -> Plan:
     settings = {"density": 0.05, "gradient_checkpointing": True, "gradient_accumulation": 1, "method": "random"}
     spec = RunSpec(model=folder, **{**settings, **fields})
@@ -103,6 +142,35 @@ def test_8_bit_states_take_a_share_of_the_memory(config_folder: Callable[..., st
     folder = config_folder()
     plain, coded = (_plan(folder, method=method, optimizer_states=states) for states in ("float32", "8bit"))
     assert coded.parts["optimizer_states"] / plain.parts["optimizer_states"] == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.parametrize(("quantization", "plain"), [("none", 16), ("nf4", 14)])
+def test_compact_entries_take_12_bytes_in_the_plan(
+    config_folder: Callable[..., str], quantization: str, plain: int
+) -> None:
+    plans = [
+        _plan(config_folder(), quantization=quantization, optimizer_states=states) for states in ("8bit", "compact")
+    ]
+    each = [sum(plan.parts[part] for part in RESIDENT[1:]) / plan.num_active for plan in plans]
+    assert each == pytest.approx([plain, 12], abs=0.1)
+
+
+def test_compact_entries_are_offered_where_8_bit_states_are_not_enough(config_folder: Callable[..., str]) -> None:
+    folder = config_folder()
+    spec = RunSpec(model=folder, density=0.12, gradient_checkpointing=True, optimizer_states="8bit")
+    shape = read_shape(folder)
+    found = {remedy.changes.get("optimizer_states"): remedy for remedy in _remedies(spec, shape)}
+    remedy = found["compact"]
+    assert remedy.changes["dtype"] == "bfloat16"
+    changed = estimate(spec.model_copy(update=remedy.changes), shape, CARD)
+    assert not rule_problems(spec.model_copy(update=remedy.changes))
+    assert remedy.saved_bytes == estimate(spec, shape, CARD).peak_bytes - changed.peak_bytes > 2 * GIB
+    wide = spec.model_copy(update={"dtype": "float32"})
+    assert all(remedy.changes.get("optimizer_states") != "compact" for remedy in _remedies(wide, shape))
+
+
+def _remedies(spec: RunSpec, shape: ModelShape) -> tuple[Remedy, ...]:
+    return find_remedies(spec, shape, CARD, estimate(spec, shape, CARD))
 
 
 def test_states_are_among_the_remedies_in_the_order_of_their_cost(config_folder: Callable[..., str]) -> None:

@@ -68,6 +68,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"attention": "eager", "dtype": "bfloat16"}),
     ("qwen3", {"method": "spiel-ag", "gradient_accumulation": 3, "micro_batch_size": 2, "probe_interval": 5}),
     ("llama", {"targets": "all", "chunked_loss": True, "gradient_checkpointing": True}),
+    ("llama", {"dtype": "bfloat16", "optimizer_states": "compact"}),
+    ("llama", {"quantization": "nf4", "optimizer_states": "compact", "method": "random"}),
     ("llama", {"dtype": "float16", "optimizer_states": "8bit", "reselection_period": 4, "max_steps": 20}),
 ]
 

@@ -25,7 +25,7 @@ def test_write_back_rounds_base_plus_value_and_restore_is_bit_exact(dtype: torch
     with torch.no_grad():
         entry.values.normal_(std=1e-3)
     entry.write_back()
-    at = entry.indices.long()
+    at = entry.placed.long()
     expected = (base.flatten()[at].float() + entry.values).to(dtype)
     assert torch.equal(weight.detach().flatten()[at], expected)
     entry.restore()

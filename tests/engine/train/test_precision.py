@@ -54,25 +54,34 @@ def _assert_holds_rounded_sums(model: nn.Module, tuning: SparseTuning, base: dic
         expected = base[name].clone().flatten()
         if name in held:
             places = held[name].placed.long()
-            expected[places] = (expected[places].float() + held[name].values.detach()).to(tensor.dtype)
+            expected[places] = (expected[places].float() + held[name].read_values()).to(tensor.dtype)
         assert torch.equal(tensor.flatten(), expected), name
 
 
-@pytest.mark.parametrize("method", ["sift", "random", "spiel-ag", "spiel-ma"])
+@pytest.mark.parametrize(
+    ("method", "states"),
+    [
+        *((method, "float32") for method in ("sift", "random", "spiel-ag", "spiel-ma")),
+        *((method, "compact") for method in ("sift", "random", "spiel-ag")),
+    ],
+)
 def test_every_value_over_bf16_moves_at_a_rate_that_bf16_would_round_away(
-    tiny_llama: LlamaForCausalLM, method: str
+    tiny_llama: LlamaForCausalLM, method: str, states: str
 ) -> None:
     model = tiny_llama.bfloat16()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     placed: list[dict[str, Tensor]] = []
     tuning, *_ = _train(
-        model, _spec(method), 20, lambda now: placed.append({each.name: each.placed.clone() for each in now.entries})
+        model,
+        _spec(method, optimizer_states=states),
+        20,
+        lambda now: placed.append({each.name: each.placed.clone() for each in now.entries}),
     )
     for entry in tuning.entries:
         stayed = torch.isin(entry.placed, placed[-2][entry.name])  # SpIEL's newest begin at zero
         assert stayed.float().mean() > 0.7
         assert entry.values.dtype == torch.float32
-        assert bool((entry.values[stayed] != 0).all()), entry.name
+        assert bool((entry.read_values()[stayed] != 0).all()), entry.name
     _assert_holds_rounded_sums(model, tuning, base)
 
 
@@ -83,6 +92,25 @@ def test_sift_learns_over_16_bit_weights(tiny_llama: LlamaForCausalLM, dtype: to
     tuning, losses, *_ = _train(model, _spec("sift", learning_rate=5e-3), 20)
     assert losses[-1] < losses[0] - 0.3
     _assert_holds_rounded_sums(model, tuning, base)
+
+
+@pytest.mark.parametrize("method", ["sift", "spiel-ag"])
+@pytest.mark.parametrize("states", ["8bit", "compact"])
+def test_a_delta_of_either_states_is_learnt_removed_and_applied(
+    tiny_llama: LlamaForCausalLM, method: str, states: str
+) -> None:
+    """Without it the model is the base bit for bit, with it again what training left."""
+    model = tiny_llama.bfloat16()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuning, losses, *_ = _train(model, _spec(method, learning_rate=5e-3, optimizer_states=states, density=0.6), 20)
+    assert losses[-1] < losses[0] - 0.3
+    _assert_holds_rounded_sums(model, tuning, base)
+    delta = tuning.delta()
+    tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuning.detach()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    delta.apply(model)
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -28,6 +28,12 @@ STEPS = 60
 TIMEOUT_S = 120.0
 CASES = [(method, "none") for method in choices("method")]
 CASES += [(method, "nf4") for method in ("sift", "spiel-ag", "spiel-ma", "lora")]
+CASES += [("sift", "compact"), ("spiel-ag", "compact")]
+BASES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "nf4": {"quantization": "nf4"},
+    "compact": {"dtype": "bfloat16", "optimizer_states": "compact"},
+}
 Pair = tuple[Run, Run, int]
 pytestmark = pytest.mark.xdist_group("resume")  # what the module shares is made once
 
@@ -96,22 +102,22 @@ def pairs(
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield {
-            (method, quantization): pool.submit(
+            (method, base): pool.submit(
                 _both,
-                {**common, "method": method, "quantization": quantization},
-                tmp_path_factory.mktemp(f"{method}-{quantization}"),
+                {**common, "method": method, **BASES[base]},
+                tmp_path_factory.mktemp(f"{method}-{base}"),
                 rng.randrange(6, STEPS - 30),
             )
-            for method, quantization in CASES
+            for method, base in CASES
         }
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(("method", "quantization"), CASES)
+@pytest.mark.parametrize(("method", "base"), CASES)
 def test_killed_run_ends_with_the_bits_of_an_unbroken_one(
-    pairs: dict[tuple[str, str], Future[Pair]], method: str, quantization: str
+    pairs: dict[tuple[str, str], Future[Pair]], method: str, base: str
 ) -> None:
-    whole, broken, went_on_from = pairs[method, quantization].result()
+    whole, broken, went_on_from = pairs[method, base].result()
     assert [runs.read_status(run).state for run in (whole, broken)] == ["finished", "finished"], runs.read_status(
         broken
     )

@@ -1,0 +1,76 @@
+"""The update as one function, compiled and not, against the update step by step."""
+
+import logging
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.optim import SparseAdamW
+from engine.sparse.states import StateStore
+
+COUNT = 5000  # not a multiple of the blocks
+KINDS = [(compact, aged) for compact in (True, False) for aged in (True, False)]
+STORE = StateStore(eight_bit=True)
+
+
+def _train(compact: bool, aged: bool, *, fused: bool, device: str = "cpu", steps: int = 20) -> ActiveEntries:
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter((0.02 * torch.randn(100, 200, generator=generator)).to(device, torch.bfloat16))
+    entry = ActiveEntries("w", weight.requires_grad_(False), COUNT, compact=compact)
+    entry.place(torch.randperm(20_000, generator=generator)[:COUNT].sort().values.int())
+    split = [entry] if compact else []
+    optimizer = SparseAdamW([entry.values], 1e-3, weight_decay=0.1, store=STORE, aged=aged, split=split, compiled=fused)
+    for _ in range(steps):
+        grad = 1e-3 * (torch.randn(COUNT, generator=generator) + 0.5)
+        entry.values.grad = grad.to(device)
+        optimizer.step()
+        entry.write_back()
+    return entry
+
+
+def _assert_alike(one: ActiveEntries, other: ActiveEntries) -> None:
+    """All but a few entries, whose moments lie in the middle between two codes, to the rounding of fp32."""
+    apart = (one.read_values() - other.read_values()).abs()
+    assert (apart > 3e-8).float().mean() < 0.001
+    assert apart.max() < 1e-4
+    assert (one.weight == other.weight).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(("compact", "aged"), KINDS)
+def test_one_function_updates_as_the_steps_do(compact: bool, aged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    _assert_alike(_train(compact, aged, fused=True), _train(compact, aged, fused=False))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_compiled_it_updates_as_the_steps_do() -> None:
+    """Compiling takes most of the time of this test, 10 to 30 seconds of one core."""
+    _assert_alike(_train(True, False, fused=True), _train(True, False, fused=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("compact", "aged"), KINDS)
+def test_compiled_on_a_gpu_it_updates_as_the_steps_do(compact: bool, aged: bool) -> None:
+    fused, steps = (_train(compact, aged, fused=fused, device="cuda") for fused in (True, False))
+    _assert_alike(fused, steps)
+
+
+def test_without_a_compiler_the_function_runs_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    def none_here(*_: Any) -> Any:
+        raise InternalTorchDynamoError("no compiler\nand a long tale")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: none_here)
+    with caplog.at_level(logging.WARNING):
+        fused = _train(True, False, fused=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "The update of the trained entries is not compiled: no compiler"
+    ]
+    _assert_alike(fused, _train(True, False, fused=False))
