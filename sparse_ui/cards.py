@@ -115,6 +115,10 @@ def _peak_words(plan: Plan) -> str:
     words = [f"The peak is in the {plan.phase}, on {plan.device}."]
     if plan.host_bytes:
         words.append(f"Choosing the entries needs {format_bytes(plan.host_bytes)} of main memory beside it.")
+    if plan.exchanged_bytes:
+        words.append(
+            f"A step has {plan.rows:,} rows; each process exchanges {format_bytes(plan.exchanged_bytes)} in it."
+        )
     return " ".join([*words, *([plan.note] if plan.note else [])])
 
 

@@ -13,6 +13,8 @@ def run_moments(work: Workload) -> list[Moment]:
     """Return every moment that may be the peak."""
     e, spec = work.setting.element_bytes, work.spec
     moments = Pass(work, "gathering").moments()
+    if work.exchanged_bytes:
+        moments.append(Moment("exchange of gradients", 0, work.exchanged_bytes, {}))
     if spec.method in BASELINES:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     update = max(formulas.write_back_bytes(work.active, e), work.update_bytes)
@@ -62,10 +64,11 @@ def selection_moments(work: Workload) -> list[Moment]:
 def host_bytes(work: Workload) -> int:
     """Return the main memory that a GPU run needs: to choose its entries, what that leaves behind, and for states.
 
-    Where entries move they are chosen beside the states; else before there are any.
+    Where entries move they are chosen beside the states; else before there are any. Each process needs its own.
     """
     states, selecting = work.states_bytes if work.offloaded else 0, _selection_host_bytes(work)
-    return states + selecting if entries_move(work.spec) else max(states, selecting)
+    each = states + selecting if entries_move(work.spec) else max(states, selecting)
+    return each * work.spec.num_processes
 
 
 def _selection_host_bytes(work: Workload) -> int:

@@ -45,6 +45,7 @@ from engine.sparse.optim import SparseAdamW
 from engine.sparse.spiel_ag import SpielAG
 from engine.spec import SPIEL_METHODS, RunSpec
 from engine.targets import num_active_of
+from engine.train.control import NeverAsked
 from engine.train.head import HeadedTuning
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
@@ -110,6 +111,7 @@ def traced_spec(spec: RunSpec) -> RunSpec:
     changes: dict[str, Any] = {
         "gradient_accumulation": min(spec.gradient_accumulation, MICRO_STEPS),
         "max_steps": STEPS,
+        "num_processes": 1,
         "evaluation_interval": 0,
         "checkpoint_interval": 0,
         "selection_memory_gib": PLENTY_GIB,
@@ -188,7 +190,7 @@ def _trainer(
         tuning,
         optimizer,
         lambda _: None,
-        _Uninterrupted(),
+        NeverAsked(),
         lambda _: None,
         MemoryMeter(torch.device("cpu")),
     )
@@ -196,16 +198,6 @@ def _trainer(
 
 def _names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(number) for number in range(model.config.num_labels or 0))
-
-
-class _Uninterrupted:
-    """Nobody asks anything of the run."""
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def checkpoint_requested(self) -> bool:
-        return False
 
 
 @contextmanager

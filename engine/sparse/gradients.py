@@ -1,6 +1,6 @@
 """The gradients of the entries of linear layers: a plan for each weight, made anew whenever its entries change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
@@ -63,6 +63,12 @@ class LinearGradients:
             return found, None
         own, besides = found.split([entry.num_active, others.numel()])
         return own, besides
+
+    def prepare(self, others: Callable[[ActiveEntries], Tensor | None]) -> None:
+        """Make the plans for the entries as they are now, and for those that `others` says are wanted besides."""
+        for entry in self.entries:
+            if entry.indices is not None:
+                self._plan(entry, others(entry))
 
     def release(self) -> None:
         """Give the memory of the products back: a backward is over."""
