@@ -7,6 +7,7 @@ without its kernels). Tokens whose label is ignored are left out before the firs
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from engine.data.batches import Batch
 from engine.data.examples import IGNORED
+from engine.data.moving import KnownMask, to_device
 from engine.planner.output_layer import CHUNKED_FAMILIES, chunk_tokens
 
 
@@ -159,11 +161,12 @@ def chunked_causal_loss(
     # A token predicts the next one: of each row the last has none.
     length = batch.labels.shape[1]
     tokens = places + places // (length - 1)
-    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    input_ids, mask = to_device(batch.input_ids, device), KnownMask.of(batch.attention_mask, device)
     body: Any = getattr(model, str(model.base_model_prefix))
     # No name for the states of all tokens: once those that predict are taken, nobody needs them.
-    chosen = body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, tokens.to(device))
+    states = partial(body, input_ids=input_ids, attention_mask=mask, use_cache=False)
+    chosen = states().last_hidden_state.flatten(0, 1).index_select(0, to_device(tokens, device))
     loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        chosen, layer.weight, layer.bias, labels[places].to(device), layer
+        chosen, layer.weight, layer.bias, to_device(labels[places], device), layer
     )
     return loss / labelled_tokens

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from engine.errors import EngineError, WorkerError
-from engine.workers import command_of, worker_environment
+from engine.processes import command_of, worker_environment
 
 _ERROR = "Error: "  # how the command line begins a sentence that is meant for people
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.chunked_loss import OutputLayer, chunked_causal_loss
 from engine.data.batches import Batch, Question
+from engine.data.moving import KnownMask, to_device
 from engine.events import Sample
 
 ANSWER_TOKENS = 96  # an answer that is longer than this is cut, and then counts as wrong
@@ -33,8 +34,8 @@ def causal_loss(
     """
     if chunks is not None:
         return chunked_causal_loss(model, chunks, batch, labelled_tokens, device)
-    input_ids, mask, labels = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
-    logits = model(input_ids=input_ids, attention_mask=mask).logits
+    input_ids, labels = (to_device(tensor, device) for tensor in (batch.input_ids, batch.labels))
+    logits = model(input_ids=input_ids, attention_mask=KnownMask.of(batch.attention_mask, device)).logits
     logits = logits[:, :-1].flatten(0, 1)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -44,10 +45,10 @@ def causal_loss(
 
 def classify(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Return the logits of a classifier, (rows, labels); of a regression (rows, 1)."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = {"input_ids": to_device(batch.input_ids, device)}
     if batch.segments is not None:
-        inputs["token_type_ids"] = batch.segments
-    logits: Tensor = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        inputs["token_type_ids"] = to_device(batch.segments, device)
+    logits: Tensor = model(**inputs, attention_mask=KnownMask.of(batch.attention_mask, device)).logits
     return logits
 
 
@@ -71,7 +72,7 @@ def batch_loss(
 ) -> Tensor:
     """Return the loss of a micro-batch, causal or of a classification, divided by `labelled` tokens or rows."""
     if batch.labels.dim() == 1:
-        return classification_loss(classify(model, batch, device), batch.labels.to(device), labelled)
+        return classification_loss(classify(model, batch, device), to_device(batch.labels, device), labelled)
     return causal_loss(model, batch, labelled, device, chunks)
 
 

@@ -107,7 +107,11 @@ class Selected(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step. `loss` is the mean over the step's labelled tokens; memory is of the run's device."""
+    """One optimizer step. `loss` is the mean over the step's labelled tokens; memory is of the run's device.
+
+    Steps that were read together (`logging_interval`) share their time equally. Of several processes loss and tokens
+    are those of all, memory is the first one's.
+    """
 
     kind: ClassVar[str] = "step"
     step: int

@@ -89,7 +89,7 @@ def _held_by_workers(handle: Any) -> int:
 
 def _is_worker(pid: int) -> bool:
     try:
-        words = psutil.Process(pid).cmdline()
+        words = [word for word in psutil.Process(pid).cmdline() if word != "-u"]  # torchrun's
     except psutil.Error:
         return False
     return words[1:3] == ["-m", "engine"] and words[3:4] in (["worker"], ["chat-worker"])
@@ -131,11 +131,16 @@ def resolve_device(name: str) -> Device:
     return Device(f"cuda:{index}", gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.sm, gpu.own_bytes)
 
 
-def budget_bytes_of(budget_gib: float | None, device: Device) -> int:
-    """Return the budget of a run in bytes: what the spec says, on a GPU never more than is free there.
+def budget_bytes_of(budget_gib: float | None, device: Device, processes: int = 1) -> int:
+    """Return the budget of a process of a run in bytes: what the spec says, on a GPU never more than is free there.
 
-    Without one: the free memory of a GPU, all main memory on the CPU, where what is free changes by the second.
+    Without one: the free memory of a GPU, on the CPU, where what is free changes by the second, main memory shared by
+    the processes.
     """
-    most = device.total_bytes if device.is_cpu else min(device.total_bytes, device.free_bytes + device.own_bytes)
+    most = (
+        device.total_bytes // processes
+        if device.is_cpu
+        else min(device.total_bytes, device.free_bytes + device.own_bytes)
+    )
     asked = most if budget_gib is None else int(budget_gib * GIB)
     return asked if device.is_cpu else min(asked, most)

@@ -25,6 +25,8 @@ def print_plan(plan: Plan) -> None:
     if plan.recompute != "nothing":
         print(f"{'Recomputed':<28}{recompute_words(plan)}")
     print(time_line(plan))
+    if line := exchange_line(plan):
+        print(line)
     if plan.note:
         print(plan.note)
     for remedy in plan.remedies:
@@ -45,6 +47,13 @@ def time_line(plan: Plan) -> str:
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", the run {format_duration(plan.run_s)}"
     return f"A step of full rows takes about {step}{run} ({plan.rate_note}); shorter rows take less."
+
+
+def exchange_line(plan: Plan) -> str:
+    """Return what several processes do and exchange in a step; nothing of one process."""
+    if not plan.exchanged_bytes:
+        return ""
+    return f"A step has {plan.rows:,} rows; each process exchanges {format_bytes(plan.exchanged_bytes)} in it."
 
 
 def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: bool) -> int:

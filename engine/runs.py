@@ -210,6 +210,12 @@ def log_tail(run: Run, lines: int = 20) -> str:
     return "\n".join(run.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
+def last_words(run: Run) -> str:
+    """Return the last line of the worker's output that has a word; torchrun ends with a ruled line."""
+    lines = reversed(log_tail(run).splitlines())
+    return next((line.strip() for line in lines if any(letter.isalnum() for letter in line)), "")
+
+
 def send_request(run: Run, request: Request) -> None:
     """Ask the worker to stop after the step it is in, or to write a checkpoint now."""
     (run.path / "control" / request).touch()
@@ -260,7 +266,7 @@ def reconcile(root: str | Path = "runs") -> list[Run]:
             continue
         if read_status(run) != status:  # it ended between the two looks
             continue
-        tail = log_tail(run, 1).strip()
+        tail = last_words(run)
         detail = f"The worker ended without a word. Last line of its log: {tail}" if tail else "The worker is gone."
         write_status(run, replace(status, state="failed", detail=detail))
         lost.append(run)

@@ -442,6 +442,19 @@ class RunSpec(BaseModel):
     attention: Annotated[
         Literal["sdpa", "eager"], About("memory", "Attention", "sdpa: fused kernels; eager: plain matrix products.")
     ] = "sdpa"
+    num_processes: Annotated[
+        int,
+        Field(ge=1, le=64),
+        About(
+            "memory",
+            "Processes",
+            "Cards that share each step, a process each, started by torchrun: with n of them a step has n times "
+            "gradient_accumulation micro-batches, and only the gradients of the trained entries are exchanged. On the "
+            "CPU, processes on its cores.",
+            "processes",
+            detail=True,
+        ),
+    ] = 1
     device: Annotated[
         str,
         Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
@@ -500,6 +513,19 @@ class RunSpec(BaseModel):
             "steps",
         ),
     ] = 25
+    logging_interval: Annotated[
+        int,
+        Field(ge=1),
+        About(
+            "run",
+            "Read figures every",
+            "Steps whose loss and gradient norm are read off the device together, so that it does not wait between "
+            "them. Each step is reported all the same. A number that is not finite is found when they are read; "
+            "float16 looks at every gradient anyway.",
+            "steps",
+            detail=True,
+        ),
+    ] = 1
     checkpoint_interval: Annotated[
         int, Field(ge=0), About("run", "Checkpoint every", "0: only when the run stops or ends.", "steps")
     ] = 200

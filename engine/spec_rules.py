@@ -81,9 +81,26 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             "structure must be free with allocation=global, which ranks single entries over all weights, got "
             f"{spec.structure!r}. Use structure=free, or allocation=uniform."
         )
+    problems |= _process_problems(spec)
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
             f"estimation_steps must be at most period, got {spec.estimation_steps} and {spec.period}. Raise period."
+        )
+    return problems
+
+
+def _process_problems(spec: RunSpec) -> dict[str, str]:
+    """Return what is wrong with the settings of several processes."""
+    problems, count, selecting = {}, spec.num_processes, spec.selection_micro_steps
+    if count > 1 and ":" in spec.device:
+        problems["device"] = (
+            f"device must be auto, cuda or cpu with num_processes={count}, which takes the first {count} cards, got "
+            f"{spec.device!r}. Use device=cuda, or num_processes=1."
+        )
+    if spec.method in SELECTING and selecting is not None and selecting % count:
+        problems["selection_micro_steps"] = (
+            f"selection_micro_steps must be a multiple of num_processes, which share them, got {selecting} and "
+            f"{count}. Use selection_micro_steps={-(-selecting // count) * count}."
         )
     return problems
 

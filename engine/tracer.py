@@ -10,8 +10,9 @@ from typing import Any
 from engine.errors import EngineError, WorkerError
 from engine.hardware import Device
 from engine.planner.traced import Traced, traced
+from engine.processes import child_process
 from engine.spec import RunSpec
-from engine.workers import STOP_TIMEOUT_S, child_process
+from engine.workers import STOP_TIMEOUT_S
 
 
 def trace_once(spec: RunSpec, device: Device) -> bool:

@@ -5,68 +5,36 @@ JSON lines over its pipes and ends when they close.
 """
 
 import json
-import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from engine.errors import EngineError, RunError, WorkerError
-from engine.hub import hub_online
 from engine.planner.plan import make_plan, require_fit
 from engine.planner.shape import require_weights
+from engine.processes import child_process, command_of, training_command, training_environment, worker_environment
 from engine.runs import (
     Run,
     RunStatus,
     create_run,
     has_worker,
-    log_tail,
+    last_words,
     read_report,
+    read_spec,
     read_status,
     send_request,
     take_request,
     write_status,
 )
 from engine.spec import RunSpec
-from engine.units import MIB
 
 Side = Literal["base", "tuned"]
-PROJECT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300.0  # a first import of torch from a slow disk takes a minute; a worker that dies is seen at once
 STOP_TIMEOUT_S = 5.0
-
-
-def command_of(*arguments: str) -> list[str]:
-    """Return the words that start this program with `arguments`."""
-    return [sys.executable, "-m", "engine", *arguments]
-
-
-def worker_environment() -> dict[str, str]:
-    """Return the environment in which a worker runs."""
-    hub_online()  # asked once here; workers read the verdict from the environment
-    path = os.pathsep.join(part for part in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if part)
-    # Threads that wait do not spin: beside a busy browser that takes two to four times as long.
-    # Large blocks go back to the system when they are freed, so that resident memory is what the plan counts.
-    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
-    defaults["MALLOC_TRIM_THRESHOLD_"] = str(4 * MIB)
-    return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def child_process(*arguments: str, errors: IO[Any]) -> subprocess.Popen[str]:
-    """Start `python -m engine` with `arguments`; it is spoken to through its pipes and ends when they close."""
-    return subprocess.Popen(
-        command_of(*arguments),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        encoding="utf-8",
-        env=worker_environment(),
-    )
 
 
 def start_worker(run: Run) -> int:
@@ -84,16 +52,16 @@ def start_worker(run: Run) -> int:
     if read_status(run).state == "finished":
         raise RunError(f"Run {run.id} is finished. Start a new run to train further.")
     take_request(run, "stop")
-    before = read_status(run)
+    before, count = read_status(run), read_spec(run).num_processes
     write_status(run, RunStatus("queued", step=before.step, total_steps=before.total_steps))
     with run.log_path.open("ab") as log:
         process = subprocess.Popen(
-            command_of("worker", str(run.path)),
+            training_command(run.path, count),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=worker_environment(),
+            env=training_environment(count),
         )
     # Reaped by a thread of its own, so that no zombie stays behind an app that lives for weeks.
     threading.Thread(target=process.wait, daemon=True).start()
@@ -109,7 +77,7 @@ def start_worker(run: Run) -> int:
         send_request(run, "stop")
         raise
     process.terminate()  # no run that is called failed goes on
-    said = f"The worker ended before it began: {log_tail(run, 1).strip() or f'exit status {process.returncode}'}"
+    said = f"The worker ended before it began: {last_words(run) or f'exit status {process.returncode}'}"
     write_status(run, RunStatus("failed", detail=said))
     raise WorkerError(f"Run {run.id}: {said}")
 

@@ -118,6 +118,10 @@ def _peak_words(plan: Plan) -> str:
         words.append(f"Choosing the entries needs {format_bytes(plan.host_bytes)} of main memory beside it.")
     if plan.recompute != "nothing":
         words.append(f"Made again in the backward: {recompute_words(plan)}.")
+    if plan.exchanged_bytes:
+        words.append(
+            f"A step has {plan.rows:,} rows; each process exchanges {format_bytes(plan.exchanged_bytes)} in it."
+        )
     return " ".join([*words, *([plan.note] if plan.note else [])])
 
 

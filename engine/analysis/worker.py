@@ -19,7 +19,8 @@ from engine.analysis.gradients import measure_gradients
 from engine.analysis.landscape import measure_landscape
 from engine.analysis.results import GradientsResult
 from engine.analysis.twin import random_twin
-from engine.data.batches import Batch, evaluation_batches, prepare_data, step_batches
+from engine.data.batches import Batch, evaluation_batches, prepare_data
+from engine.data.steps import step_batches
 from engine.errors import EngineError
 from engine.hardware import resolve_device
 from engine.models import load_model, load_tokenizer

@@ -1,15 +1,8 @@
-"""From a dataset to the micro-batches of each optimizer step.
-
-The order is a pure function of the seed and the step: epoch e walks through a permutation of the rows drawn from
-(seed, e); step t takes the next `micro_batch_size * gradient_accumulation` rows, across the border of an epoch where
-one ends. So each row is seen once an epoch, every step has the same number of rows, and a resumed run sees what an
-unbroken one would have seen.
-"""
+"""From a dataset to rows of tokens, and from rows to micro-batches; `steps.py` says which rows make which step."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +70,18 @@ class Batch:
     attention_mask: Tensor
     labelled_tokens: int
     segments: Tensor | None = None
+
+    def pinned(self) -> "Batch":
+        """Return the batch in memory from which a GPU copies by itself; where there is no GPU, as it is."""
+        if not torch.cuda.is_available():
+            return self
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            segments=None if self.segments is None else self.segments.pin_memory(),
+        )
 
 
 @dataclass
@@ -232,60 +237,23 @@ def _question(chat: Conversation, tokenizer: "PreTrainedTokenizerBase", spec: Ru
     return Question(prompt_ids, chat.question, chat.answer.strip())
 
 
-def steps_in_run(num_examples: int, spec: RunSpec) -> int:
-    """Return the optimizer steps of a run: `max_steps`, else those that see `epochs` times every example."""
-    if spec.max_steps is not None:
-        return spec.max_steps
-    return max(1, math.ceil(spec.epochs * num_examples / _step_rows(spec)))
-
-
-def _step_rows(spec: RunSpec) -> int:
-    return spec.micro_batch_size * spec.gradient_accumulation
-
-
-def step_batches(examples: Sequence[AnyExample], spec: RunSpec, step: int) -> list[Batch]:
-    """Return the micro-batches of one optimizer step: a pure function of seed and step.
-
-    Args:
-        examples: at least one.
-        spec: `seed`, `micro_batch_size`, `gradient_accumulation`.
-        step: from 1.
-
-    Returns:
-        `gradient_accumulation` batches of `micro_batch_size` rows.
-    """
-    first = (step - 1) * _step_rows(spec)
-    rows = [examples[_row_at(place, len(examples), spec.seed)] for place in range(first, first + _step_rows(spec))]
-    return [*_batches(rows, spec.micro_batch_size, _pad_of(examples))]
-
-
 def evaluation_batches(examples: Sequence[AnyExample], spec: RunSpec) -> Iterator[Batch]:
     """Return the examples in their order, `micro_batch_size` rows to a batch; the last may have fewer."""
-    return _batches(examples, spec.micro_batch_size, _pad_of(examples))
-
-
-def _row_at(place: int, num_examples: int, seed: int) -> int:
-    epoch, position = divmod(place, num_examples)
-    return int(_permutation(num_examples, seed, epoch)[position])
-
-
-@functools.lru_cache(maxsize=2)  # the epoch that ends in a step and the one that begins
-def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
-    # torch seeds its CPU generator with the low 32 bits: the epoch must be mixed in, not put above the seed.
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed))
+    return _batches(examples, spec.micro_batch_size, pad_of(examples))
 
 
 def _batches(rows: Sequence[AnyExample], size: int, pad_id: int) -> Iterator[Batch]:
     for start in range(0, len(rows), size):
-        yield _stack(rows[start : start + size], pad_id)
+        yield stack(rows[start : start + size], pad_id)
 
 
-def _pad_of(examples: Sequence[AnyExample]) -> int:
+def pad_of(examples: Sequence[AnyExample]) -> int:
+    """Return the token to fill up rows of `examples` with."""
     return examples.pad_id if isinstance(examples, Examples | LabelledExamples) else 0
 
 
-def _stack(rows: Sequence[AnyExample], pad_id: int) -> Batch:
+def stack(rows: Sequence[AnyExample], pad_id: int) -> Batch:
+    """Return `rows` as one micro-batch, filled up with `pad_id`."""
     input_ids = _fill([row.input_ids for row in rows], pad_id)
     mask = _fill([np.ones(len(row.input_ids)) for row in rows], 0)
     if labelled := [row for row in rows if isinstance(row, LabelledExample)]:

@@ -14,7 +14,7 @@ _CAUSAL = {"flash": 0.5, "efficient": 0.5}  # kernels that skip the half of the 
 
 
 def step_flops(work: Workload) -> float:
-    """Return the floating point operations of one optimizer step; a multiplication and its addition count as two.
+    """Return the floating point operations of one optimizer step of all processes; a multiply-add counts as two.
 
     For each micro-batch of T tokens: the forward of each matrix of P entries takes 2 P T, of attention
     4 s q T a layer (scores and weighted values; half where the kernel skips the masked half). The backward takes as
@@ -33,7 +33,7 @@ def step_flops(work: Workload) -> float:
     adapters = 6 * work.num_active if work.adapted else 0
     recomputed = sum(_recomputed(work, layer, 2 * entries + attention) for layer, entries in enumerate(matrices))
     per_token = forward + recomputed + sum(reached) + 4 * head + dense + adapters
-    return per_token * setting.tokens * work.spec.gradient_accumulation
+    return per_token * setting.tokens * work.spec.gradient_accumulation * work.spec.num_processes
 
 
 def _recomputed(work: Workload, layer: int, forward: float) -> float:

@@ -50,10 +50,11 @@ class Plan:
     `parts_after_forward`: the same names at the end of a forward, the logits dropped. `reserved_bytes`: what the
     allocator takes from the device at the peak, and `minimum_bytes` the least limit on it under which a step succeeds;
     both without `context`. `recompute` and `recompute_blocks`: as in the spec, or what its auto comes to. `flops`:
-    operations of one optimizer step, over `tokens` tokens. `step_s` and `run_s`: seconds, where `rate_note` says what
-    rate was measured; None where none was. `host_bytes`: main memory that the selection, or states kept there, need
-    beside a run on a GPU. `exact`: whether the closed forms were checked on this family of models; `note` says so where
-    they were not.
+    operations of one optimizer step, over `rows` rows of `tokens` tokens together. `step_s` and `run_s`: seconds, where
+    `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the selection, or
+    states and inputs kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
+    family of models; `note` says so where they were not. Of several processes the memory is that of each, all else that
+    of the run, and `exchanged_bytes` is what each gives to the others in a step.
     """
 
     parts: dict[str, int]
@@ -75,9 +76,11 @@ class Plan:
     reserved_bytes: int
     minimum_bytes: int
     flops: float
+    rows: int
     tokens: int
     recompute: str
     recompute_blocks: int | None
+    exchanged_bytes: int
     step_s: float | None = None
     run_s: float | None = None
     rate_note: str = ""
@@ -103,14 +106,15 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total)
-    surroundings = _surroundings(device, work.spec.method == "lora")
+    surroundings = _surroundings(device, work)
     after = resident | {"saved_activations": after_forward_bytes(work), "transients": 0} | surroundings
     parts = {part: size - moment.without.get(part, 0) for part, size in resident.items()}
     parts |= {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
-    peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device)
+    peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device, spec.num_processes)
     staying = sum(parts[name] for name in resident)
     lower, upper = _bounds(work, staying, moment.saved + moment.transient, device, sum(surroundings.values()))
     allocated = peak - parts["context"]
+    rows = spec.micro_batch_size * spec.gradient_accumulation * spec.num_processes
     return Plan(
         parts=parts,
         peak_bytes=peak,
@@ -120,7 +124,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         phase=moment.phase,
         verdict="fits" if upper <= budget else "tight" if peak <= budget else "does not fit",
         remedies=(),
-        device=device.label,
+        device=device.label if spec.num_processes == 1 else f"each of {spec.num_processes} x {device.label}",
         num_parameters=shape.num_parameters,
         num_active=sum(work.active.values()),
         target_numel=sum(work.numels.values()),
@@ -133,16 +137,21 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         ),
         minimum_bytes=formulas.reserved_bytes(allocated, moment.saved + moment.transient, fragments=MINIMUM_FRAGMENTS),
         flops=step_flops(work),
-        tokens=work.setting.tokens * spec.gradient_accumulation,
+        rows=rows,
+        tokens=rows * spec.sequence_length,
+        exchanged_bytes=work.exchanged_bytes,
         recompute=spec.recompute,
         recompute_blocks=spec.recompute_blocks,
     )
 
 
-def _surroundings(device: Device, adapters: bool) -> dict[str, int]:
+def _surroundings(device: Device, work: Workload) -> dict[str, int]:
+    adapters = work.spec.method == "lora"
     workspace, context = formulas.workspace_bytes(device.is_cpu, device.sm, adapters=adapters), device.context_bytes
     if device.workspace_bytes is not None:  # a probe trains no adapters
         workspace += device.workspace_bytes - formulas.workspace_bytes(device.is_cpu, device.sm)
+    if work.exchanged_bytes and not device.is_cpu:
+        workspace += formulas.NCCL_BYTES
     return {
         "workspace": workspace,
         "context": formulas.context_bytes(device.is_cpu) if context is None else context,

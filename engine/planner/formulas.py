@@ -29,6 +29,9 @@ CPU_WORKSPACE_BYTES = 40 * MIB
 # Adapters of PEFT on the CPU: their small tensors lie between the blocks of activations below 1 MiB on the C library's
 # heap and keep these from being used again: 56 to 64 MiB beyond the plan of the demo's 2.9 M parameters, three runs.
 CPU_ADAPTER_HEAP_BYTES = 55 * MIB
+# What NCCL keeps on each card for a run on several: buffers of 4 MiB for each channel and neighbour, of which there are
+# some tens. A first guess: no run on several cards was measured.
+NCCL_BYTES = 256 * MIB
 NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
 NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation
 STATE_BLOCK = 256  # numbers that share a scale in 8-bit states (arXiv:2110.02861)
@@ -112,6 +115,11 @@ def indices_bytes(
 def gradients_bytes(num_active: int, element_bytes: int = FP32_BYTES) -> int:
     """Return the size of the values' gradient; fp32, so that micro-batches sum without rounding."""
     return element_bytes * num_active
+
+
+def exchange_bytes(num_values: int) -> int:
+    """Return what the processes of a run exchange at once, and copy for it: fp32 gradients, joined to one tensor."""
+    return FP32_BYTES * num_values
 
 
 def births_bytes(num_active: int) -> int:

@@ -13,6 +13,8 @@ def run_moments(work: Workload) -> list[Moment]:
     """Return every moment that may be the peak."""
     e, spec = work.setting.element_bytes, work.spec
     moments = Pass(work, "gathering").moments()
+    if work.exchanged_bytes:
+        moments.append(Moment("exchange of gradients", 0, work.exchanged_bytes, {}))
     if spec.method in BASELINES:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     # The gradients are dropped before the weights take the new values and entries are replaced.
@@ -69,11 +71,12 @@ def selection_moments(work: Workload) -> list[Moment]:
 def host_bytes(work: Workload) -> int:
     """Return the main memory that a GPU run needs: to choose its entries, what that leaves, for states and inputs.
 
-    Where entries move they are chosen beside the states; else before there are any.
+    Where entries move they are chosen beside the states; else before there are any. Each process needs its own.
     """
     states, selecting = work.states_bytes if work.offloaded else 0, _selection_host_bytes(work)
-    blocks = sum(not kept.inside for kept in work.kept[work.lowest :]) if work.offloads_inputs else 0
-    return blocks * work.block_input_bytes + (states + selecting if entries_move(work.spec) else max(states, selecting))
+    inputs = sum(not kept.inside for kept in work.kept[work.lowest :]) * work.block_input_bytes
+    each = states + selecting if entries_move(work.spec) else max(states, selecting)
+    return (each + (inputs if work.offloads_inputs else 0)) * work.spec.num_processes
 
 
 def _selection_host_bytes(work: Workload) -> int:

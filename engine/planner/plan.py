@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from engine.errors import BudgetError, TargetsError
-from engine.hardware import Device, main_memory_bytes, resolve_device
+from engine.errors import BudgetError, DeviceError, TargetsError
+from engine.hardware import Device, list_gpus, main_memory_bytes, resolve_device
 from engine.planner.calibration import calibrated, rate_for
 from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
@@ -34,9 +34,17 @@ def plan_device(spec: RunSpec, card: str | None = None) -> Device:
     """Return the device to plan for: the card of this name, else the spec's own device, with what a probe measured.
 
     Raises:
-        DeviceError: there is no such card, or the device is not here.
+        DeviceError: there is no such card, or the device is not here, or there are fewer of them than processes.
     """
-    return calibrated(resolve_device(spec.device)) if card is None else card_device(card)
+    if card is not None:
+        return card_device(card)
+    device, cards = resolve_device(spec.device), len(list_gpus())
+    if not device.is_cpu and spec.num_processes > cards:
+        raise DeviceError(
+            f"num_processes must be at most {cards}, the GPUs of this computer, got {spec.num_processes}. Lower it, or "
+            "raise gradient_accumulation instead."
+        )
+    return calibrated(device)
 
 
 def make_plan(
@@ -81,7 +89,7 @@ def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> P
     if rate is None:
         note = f"No time: no run in {dtype} on a model of about this width was measured on {device.label}."
         return replace(plan, rate_note=f"{note} `python -m engine calibrate` measures one.")
-    step_s = plan.flops / rate
+    step_s = plan.flops / (rate * (1 if device.is_cpu else spec.num_processes))  # cores are shared, cards are not
     run_s = step_s * spec.max_steps if spec.max_steps else None
     return replace(plan, step_s=step_s, run_s=run_s, rate_note=f"at {rate / 1e12:.3g} TFLOP/s, as measured")
 

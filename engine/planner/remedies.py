@@ -113,7 +113,7 @@ def _micro_batch(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 def _selection(spec: RunSpec, device: Device) -> Iterator[Option]:
     steps = spec.selection_micro_steps or spec.gradient_accumulation
-    if spec.method == "sift" and steps > 1:
+    if spec.method == "sift" and steps > 1 and spec.num_processes == 1:  # several always sum in main memory
         cost = "the trained entries are chosen from fewer rows"
         yield "choose the entries from 1 micro-batch", {"selection_micro_steps": 1}, cost
 

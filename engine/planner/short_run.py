@@ -19,6 +19,7 @@ def traced_spec(spec: RunSpec) -> RunSpec:
     changes: dict[str, Any] = {
         "gradient_accumulation": min(spec.gradient_accumulation, MICRO_STEPS),
         "max_steps": STEPS,
+        "num_processes": 1,
         "evaluation_interval": 0,
         "checkpoint_interval": 0,
         "selection_memory_gib": PLENTY_GIB,

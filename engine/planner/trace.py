@@ -46,6 +46,7 @@ from engine.sparse.optim import SparseAdamW
 from engine.sparse.spiel_ag import SpielAG
 from engine.spec import RunSpec
 from engine.targets import num_active_of
+from engine.train.control import NeverAsked
 from engine.train.head import HeadedTuning, JoinedOptimizer
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
@@ -162,7 +163,7 @@ def make_trainer(
         tuning,
         optimizer,
         lambda _: None,
-        _Uninterrupted(),
+        NeverAsked(),
         lambda _: None,
         MemoryMeter(torch.device("cpu")),
     )
@@ -170,16 +171,6 @@ def make_trainer(
 
 def _names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(number) for number in range(model.config.num_labels or 0))
-
-
-class _Uninterrupted:
-    """Nobody asks anything of the run."""
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def checkpoint_requested(self) -> bool:
-        return False
 
 
 @contextmanager

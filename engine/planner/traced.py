@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _IDLE_GROUPS = frozenset(("data", "training", "evaluation", "run"))
 _IDLE_FIELDS = frozenset(
     (
-        *("model", "model_revision", "device", "budget_gib", "selection_memory_gib", "lora_alpha"),
+        *("model", "model_revision", "device", "num_processes", "budget_gib", "selection_memory_gib", "lora_alpha"),
         *("learning_rate", "lr_schedule", "warmup_fraction", "schedule", "initial_rate"),
     )
 )

@@ -78,9 +78,17 @@ class Workload:
 
     @property
     def selection_micro_steps(self) -> int:
-        """Micro-batches whose gradient chooses the entries; SpIEL-AG's candidates come from a whole step."""
+        """Micro-batches of all processes whose gradient chooses; SpIEL-AG's candidates come from a whole step."""
         chosen = None if self.spec.method == "spiel-ag" else self.spec.selection_micro_steps
-        return chosen or self.spec.gradient_accumulation
+        return chosen or self.spec.gradient_accumulation * self.spec.num_processes
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """What the processes of a run exchange in a step at most: in an estimation phase also for candidates."""
+        if self.spec.num_processes == 1:
+            return 0
+        candidates = self.num_active if self.spec.method == "spiel-ag" else 0
+        return formulas.exchange_bytes(self.num_active + candidates + self.shape.dense_numel)
 
     @property
     def compact(self) -> bool:
@@ -98,9 +106,9 @@ class Workload:
 
     @property
     def summed_bytes(self) -> int:
-        """Dense gradients that a selection over several micro-batches sums in main memory at once."""
+        """Dense gradients that a selection over several micro-batches sums in main memory at once, in each process."""
         whole = formulas.accumulated_gradient_bytes(self.numels)
-        allowed = selection_memory_bytes(self.spec.selection_memory_gib)
+        allowed = selection_memory_bytes(self.spec.selection_memory_gib) // self.spec.num_processes
         return min(whole, max(allowed, FP32_BYTES * max(self.numels.values())))
 
     @property

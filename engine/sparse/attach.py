@@ -16,6 +16,7 @@ from engine.sparse.hooks import GradientHooks
 from engine.sparse.linear import LinearFunctions, plain_linear_weights
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.optimizers import build_optimizer
+from engine.sparse.peers import ALONE, Peers
 from engine.sparse.placing import place_by_magnitude, place_random
 from engine.sparse.probe import GradientProbe
 from engine.sparse.recompute import RecomputedBlocks, kept_by_model
@@ -50,6 +51,7 @@ class SparseTuning:
         self.spec = spec
         self.probe: GradientProbe | None = None
         self.spiel: Spiel | None = None
+        self._peers = ALONE
         self._overflowed = False
         self.replaced = 0
         """Entries that the last selection put in the stead of others."""
@@ -112,6 +114,15 @@ class SparseTuning:
         """Whether the trained entries are still to be chosen from gradients."""
         return self._selection is not None
 
+    def join(self, peers: Peers) -> None:
+        """Choose entries together with the other processes of a run, which do the same; before `begin_reselection`.
+
+        The gradients of the values are for the caller to sum.
+        """
+        self._peers = peers
+        if peers.count > 1:  # else each would have measured costs, and so ways, of its own
+            self._linear.load_state(peers.from_first(self._linear.state()))
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer that the spec names, over `values`."""
         return build_optimizer(self.entries, self.spec)
@@ -141,6 +152,7 @@ class SparseTuning:
             squared=self.spec.method == "fisher",
             choice=self._choice,
             structure=self.spec.structure,
+            peers=self._peers,
         )
         self._last_pass = watched[-1] is self.entries[-1]
 
@@ -169,7 +181,8 @@ class SparseTuning:
         if spec.method == "spiel-ag":
             assert isinstance(optimizer, SparseAdamW)
             together = spec.allocation == "global"
-            self.spiel = SpielAG(self.entries, optimizer, schedule, spec.gradient_accumulation, together=together)
+            micro_steps = spec.gradient_accumulation
+            self.spiel = SpielAG(self.entries, optimizer, schedule, micro_steps, together=together, peers=self._peers)
         elif spec.method == "spiel-ma":
             assert isinstance(optimizer, SM3)
             self.spiel = SpielMA(self.entries, optimizer, schedule)
@@ -216,9 +229,13 @@ class SparseTuning:
                 selection.finish(self.entries)
                 self._choice = None
 
-    def finite(self) -> bool:
+    def finite(self) -> Tensor | bool:
         """Return whether the gradients by which this step chose entries, or candidates, are finite."""
         return not self._overflowed and (self.spiel is None or self.spiel.finite())
+
+    def plan_gradients(self) -> None:
+        """Decide how to get the gradients of the entries as they are now, so that no backward has to look at them."""
+        self._linear.prepare(lambda entry: None if self.spiel is None else self.spiel.wanted(entry))
 
     def write_back(self) -> None:
         """Put the values into the weights, after the optimizer's step."""

@@ -1,6 +1,6 @@
 """The gradients of the entries of linear layers: a plan for each weight, made anew whenever its entries change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
@@ -61,6 +61,12 @@ class LinearGradients:
         wanted = (entry.placed,) if others is None else (entry.placed, others)
         found = values_gradients(grad_y, x, self._plan(entry, others), wanted, self._workspace)
         return found[0], None if others is None else found[1]
+
+    def prepare(self, others: Callable[[ActiveEntries], Tensor | None]) -> None:
+        """Make the plans for the entries as they are now, and for those that `others` says are wanted besides."""
+        for entry in self.entries:
+            if entry.is_placed:
+                self._plan(entry, others(entry))
 
     def release(self) -> None:
         """Give the memory of the products back: a backward is over."""

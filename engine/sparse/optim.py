@@ -23,15 +23,15 @@ SPIEL_ADAM_EPS = 1e-6  # as published with arXiv:2401.16405
 IN_PLACE = StateStore()
 
 
-def clip_gradient(values: Sequence[nn.Parameter], max_norm: float | None) -> tuple[float, float]:
-    """Scale the gradients of all values together to at most `max_norm`.
+def clip_gradient(values: Sequence[nn.Parameter], max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Scale the gradients of all values together to at most `max_norm`; nobody waits for the device.
 
     Returns:
-        Their norm before, and the factor they were scaled by, at most 1.
+        Their norm before, and the factor they were scaled by, at most 1, in fp64: 0-dim, where the gradients are.
     """
-    norm = float(nn.utils.clip_grad_norm_(values, float("inf") if max_norm is None else max_norm))
-    # The factor as torch computes it.
-    return norm, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    most = float("inf") if max_norm is None else max_norm
+    norm = nn.utils.clip_grad_norm_(values, most)
+    return norm, (most / (norm.double() + 1e-6)).clamp(max=1.0)  # the factor as torch computes it
 
 
 @dataclass(frozen=True)

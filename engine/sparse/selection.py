@@ -15,11 +15,14 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
 
+def finite_flag(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether no entry of `tensors`, at least one, is NaN or infinite: a 0-dim bool that nobody looked at."""
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+
+
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether no entry of `tensors` is NaN or infinite; one look from the host for all of them."""
-    return not tensors or not bool(
-        torch.stack([torch.isfinite(tensor).logical_not().any() for tensor in tensors]).any()
-    )
+    return not tensors or bool(finite_flag(tensors))
 
 
 def select_topk_indices(scores: Tensor, count: int) -> Tensor:

@@ -5,11 +5,13 @@ optimizer step, and the same gradient then makes the first update. Fisher select
 the squares of the same gradients instead.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from engine.sparse.entries import ActiveEntries
+from engine.sparse.peers import ALONE, Peers
 from engine.sparse.selection import GlobalChoice, all_finite, select_topk_indices
 from engine.sparse.structure import select_structured_indices
 from engine.spec import Structure
@@ -23,6 +25,29 @@ def add_in_host_memory(sums: dict[str, Tensor], entry: ActiveEntries, grad: Tens
         sums[entry.name].add_(grad.to("cpu", entry.values.dtype))
     else:
         sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
+
+
+def take_sums(
+    sums: dict[str, Tensor], entries: Iterable[ActiveEntries], peers: Peers
+) -> Iterator[tuple[ActiveEntries, Tensor]]:
+    """Yield each weight that a gradient reached, and the sum of its dense gradients over all processes, on its device.
+
+    One weight's is there at a time; `sums` is empty afterwards.
+
+    Args:
+        sums: of this process, by name.
+        entries: in which a gradient may have come, the same in every process.
+        peers: the processes. Each sends the dense gradient of every weight once.
+    """
+    entries = [*entries]
+    reached = peers.totals([entry.name in sums for entry in entries])
+    for entry in (entry for entry, times in zip(entries, reached, strict=True) if times):
+        own = sums.pop(entry.name, None)
+        if own is None:  # a gradient came in another process only, as of an expert that no token here visited
+            own = torch.zeros(tuple(entry.weight.shape), dtype=entry.values.dtype)
+        dense = own.to(entry.weight.device)
+        peers.add(dense)
+        yield entry, dense
 
 
 def groups_within(entries: Iterable[ActiveEntries], budget_bytes: int) -> list[list[ActiveEntries]]:
@@ -46,8 +71,8 @@ class GradientSelection:
     """Watches dense gradients and places the entries of each weight by them.
 
     With one micro-batch a weight's entries are placed inside the backward and no dense gradient outlives it. With
-    more, the dense gradients are summed in host memory: the bytes of the watched targets in fp32. With one budget for
-    all weights they are placed after the last micro-batch.
+    more, in this process or over all, the dense gradients are summed in host memory: the bytes of the watched targets
+    in fp32. With one budget for all weights they are placed after the last micro-batch.
     """
 
     def __init__(
@@ -60,17 +85,19 @@ class GradientSelection:
         squared: bool = False,
         choice: GlobalChoice | None = None,
         structure: Structure = "free",
+        peers: Peers = ALONE,
     ) -> None:
         """Begin to watch.
 
         Args:
             entries: the targets to choose in; gradients of others are passed over.
-            micro_steps: micro-batches whose summed gradient chooses, at least 1.
+            micro_steps: micro-batches of this process whose summed gradient chooses, at least 1.
             place: puts the entries of a weight where they are to be trained.
             keep_gradient: whether the chosen entries' gradient becomes `values.grad` for the coming update.
             squared: choose by the sum of squared gradients; nothing is kept for an update then.
             choice: one budget over all weights instead of one for each; `finish` places them.
             structure: which entries of a weight may be chosen together; `free` with `choice`.
+            peers: processes that choose together, by the sum over all their micro-batches.
         """
         self._entries = {entry.name: entry for entry in entries}
         self._left = micro_steps
@@ -79,7 +106,8 @@ class GradientSelection:
         self._squared = squared
         self._choice = choice
         self._structure: Structure = structure
-        self._sums: dict[str, Tensor] | None = {} if micro_steps > 1 else None
+        self._peers = peers
+        self._sums: dict[str, Tensor] | None = {} if micro_steps > 1 or peers.count > 1 else None
         self.overflowed = False
         """Whether a gradient was not finite: what was chosen by it, if anything, is of no use."""
 
@@ -108,8 +136,8 @@ class GradientSelection:
         self._left -= 1
         if self._left or self._sums is None:
             return
-        for name in list(self._sums):
-            self._choose(self._entries[name], self._sums.pop(name).to(self._entries[name].weight.device))
+        for entry, dense in take_sums(self._sums, self._entries.values(), self._peers):
+            self._choose(entry, dense)
 
     def finish(self, entries: Iterable[ActiveEntries]) -> None:
         """Place `entries`, where all of them share one budget: their scores are complete now."""
@@ -137,5 +165,5 @@ class GradientSelection:
         return select_structured_indices(scores, count, self._structure, norm=1.0 if self._squared else 2.0)
 
     def _take_gradient(self, entry: ActiveEntries, grad: Tensor) -> None:
-        if self._keep:
-            entry.values.grad = grad.to(entry.values)
+        if self._keep:  # the sum over all processes, which will be summed once more: the first one has all of it
+            entry.values.grad = grad.to(entry.values) if self._peers.is_first else torch.zeros_like(entry.values)

@@ -124,10 +124,19 @@ class Spiel(Protocol):
     def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Take in the gradient at the positions that `wanted` gave, in one micro-batch."""
 
-    def finite(self) -> bool:
-        """Return whether what was seen of the gradient in this step is finite; all backwards are over."""
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that were taken besides those of the values, in this step."""
 
-    def end_step(self, step: int, clip: float) -> Reselected | None:
+    def chooses_in(self, step: int) -> bool:
+        """Return whether candidates or entries are chosen in `step`: in others nobody waits for the device."""
+
+    def finite(self) -> Tensor | bool:
+        """Return whether what was seen of the gradient in this step is finite; all backwards are over.
+
+        A 0-dim tensor where only the device knows.
+        """
+
+    def end_step(self, step: int, clip: Tensor | float) -> Reselected | None:
         """Reselect if it is time, after the update of `step`; `clip` is the factor its gradient was scaled by."""
 
     def state(self) -> dict[str, Tensor]:
@@ -165,11 +174,19 @@ class SpielMA:
     def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Nothing to watch either."""
 
+    def gradients(self) -> list[Tensor]:
+        """None are taken."""
+        return []
+
+    def chooses_in(self, step: int) -> bool:
+        """Return whether entries are replaced after `step`."""
+        return self._schedule.reselects_after(step)
+
     def finite(self) -> bool:
         """Nothing was seen."""
         return True
 
-    def end_step(self, step: int, clip: float) -> Reselected | None:
+    def end_step(self, step: int, clip: Tensor | float) -> Reselected | None:
         """Reselect if it is time."""
         if not self._schedule.reselects_after(step):
             return None

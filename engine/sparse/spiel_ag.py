@@ -8,8 +8,9 @@ from torch import Tensor
 
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
-from engine.sparse.selection import GlobalChoice, all_finite, select_topk_indices
-from engine.sparse.sift import add_in_host_memory
+from engine.sparse.peers import ALONE, Peers
+from engine.sparse.selection import GlobalChoice, all_finite, finite_flag, select_topk_indices
+from engine.sparse.sift import add_in_host_memory, take_sums
 from engine.sparse.spiel import Reselected, Schedule, choose_drop, exchange, replace_entries
 
 
@@ -27,8 +28,8 @@ class SpielAG:
     """SpIEL-AG: growth by the gradient of candidates, averaged over the estimation phase.
 
     Candidates are the `num_active` largest entries of the first step's dense gradient. Where that step has several
-    micro-batches, their dense gradients are summed in host memory. With one budget over all weights, candidates,
-    dropped and grown entries are the best of all weights taken as one.
+    micro-batches, in this process or over all, their dense gradients are summed in host memory. With one budget over
+    all weights, candidates, dropped and grown entries are the best of all weights taken as one.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class SpielAG:
         micro_steps: int,
         *,
         together: bool = False,
+        peers: Peers = ALONE,
     ) -> None:
-        """Work on `entries`, whose optimizer tracks ages; a step has `micro_steps` micro-batches.
+        """Work on `entries`, whose optimizer tracks ages; a step has `micro_steps` micro-batches in each process.
 
         Args:
             entries: all targets.
@@ -48,6 +50,7 @@ class SpielAG:
             schedule: when and how many.
             micro_steps: in one optimizer step.
             together: one budget over all weights.
+            peers: processes that choose together.
         """
         self._entries = entries
         self._micro_steps = micro_steps
@@ -55,7 +58,9 @@ class SpielAG:
         self._schedule = schedule
         self._together = together
         self._phase_step = 0
+        self._peers = peers
         self._sums: dict[str, Tensor] = {}
+        self._summing = False  # whether dense gradients are being summed up
         self._choice: GlobalChoice | None = None
         self._overflowed = False
         self._watched: frozenset[str] = frozenset()
@@ -65,6 +70,7 @@ class SpielAG:
         """Begin a step, or begin it again; where a phase begins, its candidates are to be chosen."""
         self._phase_step = self._schedule.phase_step(step)
         self._sums = {}
+        self._summing = self.begins_phase and self._micro_steps * self._peers.count > 1
         self._choice = None
         self._overflowed = False
         self._watched = frozenset(entry.name for entry in self._entries)
@@ -82,6 +88,7 @@ class SpielAG:
     def begin_pass(self, entries: Sequence[ActiveEntries]) -> None:
         """Sum the coming gradients of `entries` only, until `end_pass`; for where main memory lacks."""
         self._watched = frozenset(entry.name for entry in entries)
+        self._summing = True
 
     def end_pass(self, last: bool) -> None:
         """Choose the candidates of the weights watched; after the last pass their gradients are gathered as usual."""
@@ -110,12 +117,20 @@ class SpielAG:
             self.observe_wanted(entry, grad.reshape(-1).index_select(0, candidates))
         elif not self.wants_dense(entry):
             return
-        elif self._micro_steps == 1:
-            self._choose_candidates(entry, grad)
-        else:
+        elif self._summing:
             add_in_host_memory(self._sums, entry, grad)
+        else:
+            self._choose_candidates(entry, grad)
 
-    def finite(self) -> bool:
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of the candidates in this step, which the processes of a run have to sum."""
+        return [candidates.grad for candidates in self.candidates.values()] if self._phase_step else []
+
+    def chooses_in(self, step: int) -> bool:
+        """Return whether a phase begins or ends in `step`."""
+        return self._schedule.phase_step(step) == 1 or self._schedule.reselects_after(step)
+
+    def finite(self) -> Tensor | bool:
         """Return whether the gradient of the candidates in this step is finite; all backwards are over."""
         if not self._phase_step:
             return True
@@ -123,9 +138,9 @@ class SpielAG:
         if self._overflowed:
             return False
         self._finish_choice()
-        return all_finite([candidates.grad for candidates in self.candidates.values()])
+        return not self.candidates or finite_flag([candidates.grad for candidates in self.candidates.values()])
 
-    def end_step(self, step: int, clip: float) -> Reselected | None:
+    def end_step(self, step: int, clip: Tensor | float) -> Reselected | None:
         """Close the step's gradient; at the end of a phase, reselect."""
         self._choose_from_sums()
         self._finish_choice()
@@ -143,9 +158,11 @@ class SpielAG:
         return Reselected(replaced, sum(entry.num_active for entry in self._entries))
 
     def _choose_from_sums(self) -> None:
-        for entry in self._entries:
-            if entry.name in self._sums:
-                self._choose_candidates(entry, self._sums.pop(entry.name).to(entry.weight.device))
+        if self._summing:
+            self._summing = False
+            watched = [entry for entry in self._entries if entry.name in self._watched]
+            for entry, dense in take_sums(self._sums, watched, self._peers):
+                self._choose_candidates(entry, dense)
 
     def _choose_candidates(self, entry: ActiveEntries, dense: Tensor) -> None:
         if not all_finite([dense]):

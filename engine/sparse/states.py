@@ -97,6 +97,7 @@ class StateStore:
 
 def _through_device(states: Sequence[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)  # which has waited for what the update before wrote into host memory
 
     def bring(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
         with torch.cuda.stream(side):
@@ -118,4 +119,4 @@ def _through_device(states: Sequence[dict[str, Tensor]], device: torch.device) -
                 if tensor is not state[name]:
                     state[name].copy_(tensor, non_blocking=True)
                     tensor.record_stream(side)
-    side.synchronize()  # whoever reads host memory next finds it written
+    current.wait_stream(side)  # whoever waits for the device finds host memory written; nobody has to wait here

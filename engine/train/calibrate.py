@@ -18,6 +18,7 @@ from engine.models import load_model, load_tokenizer, resolve_dtype
 from engine.planner.calibration import Rate, store_bytes, store_rate
 from engine.planner.plan import make_plan
 from engine.presets import load_preset
+from engine.train.control import NeverAsked
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
 from engine.train.preflight import longest_row, longest_rows
@@ -25,16 +26,6 @@ from engine.train.tuning import start_tuning
 
 _STEPS = 8
 _WARM_STEPS = 2  # the first ones choose entries and fill caches
-
-
-class _NeverAsked:
-    """Nobody stops a probe."""
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def checkpoint_requested(self) -> bool:
-        return False
 
 
 def measure(name: str) -> None:
@@ -58,7 +49,7 @@ def measure(name: str) -> None:
     tuning = start_tuning(model, spec)
     meter = MemoryMeter(device)
     optimizer = tuning.make_optimizer()
-    Trainer(spec, model, tokenizer, data, tuning, optimizer, events.append, _NeverAsked(), lambda _: None, meter).run()
+    Trainer(spec, model, tokenizer, data, tuning, optimizer, events.append, NeverAsked(), lambda _: None, meter).run()
     tensors = sum(size for part, size in plan.parts.items() if part not in ("context", "workspace"))
     store_bytes(found, context_bytes, max(0, meter.peak_bytes() - tensors - (context_bytes if found.is_cpu else 0)))
     rates = [event.tokens_per_s for event in events if isinstance(event, Stepped)][_WARM_STEPS:]

@@ -6,6 +6,7 @@ A checkpoint is a folder named after its step: `values.safetensors` (indices, va
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import RunError
 from engine.sparse.optim import SparseAdamW
+from engine.sparse.peers import Peers
 from engine.train.head import JoinedOptimizer
 from engine.train.tuning import Tuning
 
@@ -37,15 +39,41 @@ class Progress:
     steps_at_scale: int = 0
 
 
-def save_checkpoint(folder: Path, tuning: Tuning, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+def gather_rng(peers: Peers) -> dict[str, Tensor]:
+    """Return the random states of the other processes, which call this too, name to tensor; empty where there are none.
+
+    All else that a checkpoint holds is the same in every process.
+    """
+    found = {}
+    for name, state in _rng(0).items():
+        for rank, other in enumerate(peers.gather(state)[1:], 1):
+            found[f"{name}.{rank}"] = other
+    return found
+
+
+def _rng(rank: int) -> dict[str, Tensor]:
+    """Return the random states of this process, number `rank`, as they are called in a checkpoint."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    return {f"{name}.{rank}" if rank else name: state for name, state in states.items()}
+
+
+def save_checkpoint(
+    folder: Path,
+    tuning: Tuning,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    others: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `progress.step` under `folder` and drop all but the newest `KEPT`.
+
+    `others`: of `gather_rng`.
 
     Returns:
         The checkpoint's folder.
     """
-    tensors = {"rng.cpu": torch.get_rng_state(), **tuning.state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors = {**_rng(0), **(others or {}), **tuning.state()}
     for name, values in tuning.named_values.items():
         for key, state in optimizer.state[values].items():
             tensors[f"{name}.optimizer.{key}"] = torch.as_tensor(state)
@@ -62,8 +90,11 @@ def save_checkpoint(folder: Path, tuning: Tuning, optimizer: torch.optim.Optimiz
     return target
 
 
-def load_checkpoint(checkpoint: Path, tuning: Tuning, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(checkpoint: Path, tuning: Tuning, optimizer: torch.optim.Optimizer, rank: int = 0) -> Progress:
     """Put a checkpoint's indices, values, optimizer states and RNG in place, and write the values into the weights.
+
+    `rank`: of this process among those of the run. One whose random state is not there keeps its own: the run failed
+    when it saved.
 
     Raises:
         RunError: the checkpoint is damaged, or does not fit the model.
@@ -73,9 +104,11 @@ def load_checkpoint(checkpoint: Path, tuning: Tuning, optimizer: torch.optim.Opt
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         tuning.load_state(tensors)
         _load_optimizer(tensors, tuning, optimizer)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        rng = _rng(rank)
+        cpu, *cuda = [tensors.get(name, own) for name, own in rng.items()]
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state(cuda[0])
         return Progress(**state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RunError(

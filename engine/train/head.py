@@ -165,7 +165,7 @@ class HeadedTuning:
         """Say that the backward of a micro-batch is over."""
         self.inner.end_micro_step()
 
-    def finite(self) -> bool:
+    def finite(self) -> Tensor | bool:
         """Return whether the gradients by which this step chose entries of the base, if it did, are finite."""
         return self.inner.finite()
 

@@ -22,9 +22,11 @@ from engine.evaluate import batch_loss
 from engine.events import Event, Preflighted
 from engine.planner import formulas
 from engine.planner.plan import Plan, make_plan
+from engine.sparse.peers import ALONE, Peers
 from engine.spec import RunSpec
 from engine.spec_rules import optimizer_of
 from engine.train.checkpoint import save_checkpoint
+from engine.train.control import NeverAsked
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import Tuning
@@ -34,22 +36,12 @@ _MICRO_STEPS = 2  # of the step: sums over micro-batches take as much with two a
 _LESS = 0.8  # of the planned peak: what has run out is to save at least the rest
 
 
-class _NeverAsked:
-    """Nobody stops a step that is not part of the run."""
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def checkpoint_requested(self) -> bool:
-        return False
-
-
 @dataclass(frozen=True)
 class Preflight:
     """What the step works with.
 
     `plan`: says what helps where it fails; `folder`: of the run, for the checkpoint; `start`: makes the model
-    trainable.
+    trainable; `peers`: the processes of the run, which all try it at once.
     """
 
     spec: RunSpec
@@ -59,6 +51,7 @@ class Preflight:
     plan: Plan
     folder: Path
     start: Callable[[RunSpec], Tuning]
+    peers: Peers = ALONE
 
     def run(self) -> Preflighted:
         """Do the step, and on a GPU an evaluation batch and a checkpoint; leave no trace of them.
@@ -95,14 +88,24 @@ class Preflight:
         spec = self.spec
         changes = {"max_steps": 1, "gradient_accumulation": min(_MICRO_STEPS, spec.gradient_accumulation)}
         if spec.selection_micro_steps is not None:
-            changes["selection_micro_steps"] = min(_MICRO_STEPS, spec.selection_micro_steps)
+            changes["selection_micro_steps"] = min(_MICRO_STEPS * self.peers.count, spec.selection_micro_steps)
         small = spec.model_copy(update=changes)
         count = small.micro_batch_size * small.gradient_accumulation
         data = replace(self.data, training=longest_rows(self.data.training, count))
         tuning = self.start(small)
         optimizer = tuning.make_optimizer()
         return Trainer(
-            small, self.model, self.tokenizer, data, tuning, optimizer, _ignore, _NeverAsked(), lambda _: None, meter
+            small,
+            self.model,
+            self.tokenizer,
+            data,
+            tuning,
+            optimizer,
+            _ignore,
+            NeverAsked(),
+            lambda _: None,
+            meter,
+            self.peers,
         )
 
     def _step(self, trainer: Trainer) -> None:
@@ -123,6 +126,8 @@ class Preflight:
                     batch_loss(self.model, batch, 1, trainer.device, trainer.chunks)
 
     def _checkpoint(self, trainer: Trainer) -> None:
+        if not self.peers.is_first:
+            return
         folder = self.folder / ".preflight"
         try:
             save_checkpoint(folder, trainer.tuning, trainer.optimizer, trainer.progress())

@@ -74,7 +74,8 @@ def _keep_rate(trainer: Trainer, plan: Plan, tokens_per_s: float) -> None:
     if not isinstance(hidden, int):
         return
     dtype = str(resolve_dtype(trainer.spec.dtype, trainer.device)).removeprefix("torch.")
-    rate = Rate(dtype, hidden, tokens_per_s * plan.flops / plan.tokens)
+    cards = trainer.peers.count if trainer.device.type == "cuda" else 1
+    rate = Rate(dtype, hidden, tokens_per_s * plan.flops / plan.tokens / cards)
     try:
         store_rate(resolve_device(trainer.spec.device), rate)
     except OSError:  # a home that cannot be written: no time in later plans, and nothing else

@@ -57,8 +57,8 @@ class Tuning(Protocol):
     def end_micro_step(self) -> None:
         """Say that the backward of a micro-batch is over."""
 
-    def finite(self) -> bool:
-        """Return whether the gradients by which this step chose entries, if it did, are finite."""
+    def finite(self) -> Tensor | bool:
+        """Return whether the gradients by which this step chose entries, if it did, are finite; see `Spiel`."""
 
     def write_back(self) -> None:
         """Put the values into the weights, after the optimizer's step."""

@@ -1,52 +1,32 @@
 """The process that trains one run: locks, loads, trains, saves, and says how it went in the run folder."""
 
+import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import filelock
-import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.batches import PreparedData, prepare_data
 from engine.data.labels import Labels
 from engine.errors import EngineError, TrainingError
-from engine.events import (
-    Checkpointed,
-    Evaluated,
-    Event,
-    EventWriter,
-    ModelLoaded,
-    RunState,
-    StateChanged,
-    Stepped,
-    Warned,
-)
+from engine.events import Checkpointed, Evaluated, ModelLoaded, RunState, Warned
 from engine.hardware import resolve_device
 from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
-from engine.runs import (
-    Run,
-    RunStatus,
-    latest_checkpoint,
-    read_events,
-    read_plan,
-    read_spec,
-    read_status,
-    run_lock,
-    take_request,
-    write_json,
-    write_status,
-)
+from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
 from engine.sparse.base_weight import base_weights
+from engine.sparse.peers import ALONE, PeerLostError, Peers
 from engine.spec import RunSpec
-from engine.train.checkpoint import load_checkpoint, save_checkpoint
+from engine.train.checkpoint import gather_rng, load_checkpoint, save_checkpoint
 from engine.train.head import HeadedTuning
+from engine.train.journal import Journal, Listener
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter, hold_to_budget
 from engine.train.preflight import Preflight, is_out_of_memory, longest_row
@@ -56,64 +36,17 @@ from engine.train.tuning import Tuning, start_tuning
 Start = Callable[[RunSpec], Tuning]
 LOCK_TIMEOUT_S = 5.0  # a look at the lock by `runs.has_worker` is over in far less
 QUEUE_POLL_S = 0.5
-STATUS_INTERVAL_S = 0.3
-
-
-class Journal:
-    """Writes what happens into the run folder, and takes requests from it."""
-
-    def __init__(self, run: Run) -> None:
-        """Open the event file of `run` and claim its status."""
-        process = psutil.Process()
-        self.run = run
-        self._events = EventWriter(run.events_path)
-        before = read_status(run)  # a run that goes on is where it was until its first step
-        self._status = RunStatus(
-            "queued",
-            pid=process.pid,
-            create_time=process.create_time(),
-            step=before.step,
-            total_steps=before.total_steps,
-        )
-        self._stop = False
-        self._written_s = 0.0
-
-    def emit(self, event: Event) -> None:
-        """Append an event; the status follows it."""
-        self._events.write(event)
-        status = replace(self._status, seq=self._events.seq)
-        if isinstance(event, StateChanged):
-            status = replace(status, state=event.state, detail=event.detail)
-        if isinstance(event, Stepped):
-            status = replace(status, step=event.step, total_steps=event.total_steps, remaining_s=event.remaining_s)
-        self._status = status
-        if not isinstance(event, Stepped) or time.monotonic() - self._written_s > STATUS_INTERVAL_S:
-            write_status(self.run, status)
-            self._written_s = time.monotonic()
-
-    def state(self, state: RunState, detail: str = "") -> None:
-        """Enter a state."""
-        self.emit(StateChanged(state, detail))
-
-    def request_stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """Stop after the step in progress; a signal handler."""
-        self._stop = True
-
-    def stop_requested(self) -> bool:
-        """Return whether the run is to end; once true it stays so."""
-        self._stop = self._stop or take_request(self.run, "stop")
-        return self._stop
-
-    def checkpoint_requested(self) -> bool:
-        """Return whether a checkpoint was asked for since the last call."""
-        return take_request(self.run, "checkpoint")
 
 
 def main(run: Run) -> int:
     """Train `run` to its end, from its newest checkpoint if it has one; return the process's exit status.
 
+    Of several processes the first one owns the run folder, and the others follow it.
+
     0: finished or stopped as asked. 1: failed, with the sentence in status.json and events.jsonl.
     """
+    if _rank(run):
+        return _follow(run)
     lock = run_lock(run)
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_S)
@@ -123,19 +56,58 @@ def main(run: Run) -> int:
     journal = Journal(run)
     signal.signal(signal.SIGTERM, journal.request_stop)
     signal.signal(signal.SIGINT, journal.request_stop)
+    peers = ALONE
     try:
-        with _device_turn(run, journal) as my_turn:
-            if my_turn:
-                _work(run, journal)
+        spec = read_spec(run)
+        peers = Peers.join(spec.num_processes, on_cpu=resolve_device(spec.device).is_cpu)
+        with _device_turn(run, spec, journal) as my_turn:
+            if peers.from_first(my_turn):
+                _work(run, spec, journal, peers)
             else:
                 journal.state("stopped", "Stopped while it was queued.")
+        peers.leave()
         return 0
     except Exception as error:
         traceback.print_exc()
-        journal.state("failed", _sentence(error))
+        said = peers.last_word() if isinstance(error, PeerLostError) else ""
+        journal.state("failed", said or _sentence(error))
         return 1
     finally:
         lock.release()
+
+
+def _rank(run: Run) -> int:
+    """Return the number of this process among those of the run; a spec that cannot be read is for the first to say."""
+    try:
+        return int(os.environ["RANK"]) if read_spec(run).num_processes > 1 else 0
+    except (EngineError, KeyError):
+        return 0
+
+
+def _follow(run: Run) -> int:
+    """Do what the first process does, but for what it alone says and writes. It decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    peers = ALONE
+    try:
+        spec = read_spec(run)
+        peers = Peers.join(spec.num_processes, on_cpu=resolve_device(spec.device).is_cpu)
+        if peers.from_first(False):
+            _work(run, spec, Listener(), peers)
+        peers.leave()
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        if not isinstance(error, PeerLostError):
+            peers.leave_word(_sentence(error))
+        return 1
+
+
+def own_spec(spec: RunSpec, rank: int) -> RunSpec:
+    """Return `spec` with the device of process `rank`: of several on GPUs each has a card of its own."""
+    if spec.num_processes == 1 or resolve_device(spec.device).is_cpu:
+        return spec
+    return spec.model_copy(update={"device": f"cuda:{rank}"})
 
 
 def _sentence(error: Exception) -> str:
@@ -151,46 +123,56 @@ def _sentence(error: Exception) -> str:
 
 
 @contextmanager
-def _device_turn(run: Run, journal: Journal) -> Iterator[bool]:
-    """Wait as `queued` until no other run of the folder uses the device; yield False where a stop came first."""
-    device = resolve_device(read_spec(run).device)
-    turn = filelock.FileLock(run.path.parent / f".{device.name.replace(':', '-')}.lock")
+def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
+    """Wait as `queued` until no other run of the folder uses the devices; yield False where a stop came first."""
+    device = resolve_device(own_spec(spec, 0).device)
+    count = 1 if device.is_cpu else spec.num_processes
+    names = [device.name] if count == 1 else [f"cuda:{rank}" for rank in range(count)]
     waiting = False
-    while True:
-        try:
-            turn.acquire(blocking=False)
-            break
-        except filelock.Timeout:
-            if not waiting:
-                journal.state("queued", f"Waiting for another run on {device.label} to end.")
-                waiting = True
-            if journal.stop_requested():
-                yield False
-                return
-            time.sleep(QUEUE_POLL_S)
-    try:
+    with ExitStack() as turns:
+        for name in names:  # in this order by everyone, so that no two wait for each other
+            turn = filelock.FileLock(run.path.parent / f".{name.replace(':', '-')}.lock")
+            while not _taken(turn):
+                if not waiting:
+                    journal.state("queued", f"Waiting for another run on {device.label} to end.")
+                    waiting = True
+                if journal.stop_requested():
+                    yield False
+                    return
+                time.sleep(QUEUE_POLL_S)
+            turns.callback(turn.release)
         yield True
-    finally:
-        turn.release()
 
 
-def _work(run: Run, journal: Journal) -> None:
-    spec = read_spec(run)
+def _taken(turn: filelock.FileLock) -> bool:
+    try:
+        turn.acquire(blocking=False)
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
+    spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
     require_fit(make_plan(spec))
     device = torch.device(resolve_device(spec.device).name)
-    tokenizer = load_tokenizer(spec)
-    data = prepare_data(spec, tokenizer)
+    if peers.count > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)  # not before its turn: that takes memory
+    with peers.one_after_the_first():
+        tokenizer = load_tokenizer(spec)
+        data = prepare_data(spec, tokenizer)
     journal.emit(data.summary)
     spec = _as_before(run, spec)
     plan = make_plan(spec, longest_row=longest_row(data))  # no batch is longer, so the bar is true
-    spec = plan.settle(spec)
-    write_json(run.path / "plan.json", plan.to_dict())
+    spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
+    if peers.is_first:
+        write_json(run.path / "plan.json", plan.to_dict())
     hold_to_budget(plan, device)
-    torch.manual_seed(spec.seed)
-    trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device))
-    base = _base_figures(run, trainer, journal)
-    if base is None:
+    torch.manual_seed(spec.seed + peers.rank)
+    trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device), peers)
+    base = _base_figures(run, trainer, journal) if peers.is_first else None
+    if not peers.from_first(base is not None):
         journal.state("stopped", "Stopped before the first step.")
         return
     journal.state("running")
@@ -199,14 +181,24 @@ def _work(run: Run, journal: Journal) -> None:
     except TrainingError:  # the numbers are beyond use; an older checkpoint may be good
         raise
     except Exception:
-        _keep_what_was_learnt(run, trainer)
+        if peers.is_first:
+            _keep_what_was_learnt(run, trainer, journal)
         raise
     if not reached_end:
         journal.state("stopping", "Saving.")
     if trainer.step:
         trainer.save(trainer)
+    if base is not None:
+        _conclude(run, trainer, journal, base, plan, reached_end)
+
+
+def _conclude(
+    run: Run, trainer: Trainer, journal: Journal | Listener, base: Evaluated, plan: Plan, reached_end: bool
+) -> None:
+    """Write and judge the result; the first process does."""
+    if trainer.step:
         trainer.tuning.save_result(run.delta_path)
-    tuned = trainer.evaluate(spec.exact_match_rows, scored=True) if reached_end else None
+    tuned = trainer.evaluate(trainer.spec.exact_match_rows, scored=True) if reached_end else None
     # Stopped while it evaluated the result, a run goes on from its last step to that evaluation.
     state: RunState = "finished" if tuned is not None else "stopped"
     write_report(run, trainer, base, tuned, plan, state)
@@ -239,7 +231,7 @@ def _load(spec: RunSpec, device: torch.device, labels: Labels | None) -> tuple[P
     return model, lambda spec: HeadedTuning(start_tuning(model, spec, head), model, head, labels.names, spec)
 
 
-def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
+def _build(run: Run, journal: Journal | Listener, loaded: Loaded, peers: Peers) -> Trainer:
     spec, device, data = loaded.spec, loaded.device, loaded.data
     journal.state("preparing", "Loading the model.")
     begun = time.monotonic()
@@ -249,7 +241,7 @@ def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
     checkpoint, tried_bytes = latest_checkpoint(run), 0
     if spec.preflight and checkpoint is None:
         journal.state("preparing", "Trying one step at the longest batch.")
-        tried = Preflight(spec, model, loaded.tokenizer, data, loaded.plan, run.path, start).run()
+        tried = Preflight(spec, model, loaded.tokenizer, data, loaded.plan, run.path, start, peers).run()
         journal.emit(tried)
         tried_bytes = tried.peak_bytes
     tuning = start(spec)
@@ -268,18 +260,25 @@ def _build(run: Run, journal: Journal, loaded: Loaded) -> Trainer:
     optimizer = tuning.make_optimizer()
 
     def save(trainer: Trainer) -> None:
-        path = save_checkpoint(run.checkpoints_path, tuning, optimizer, trainer.progress())
-        journal.emit(Checkpointed(trainer.step, str(path.relative_to(run.path))))
+        others = gather_rng(peers)
+        if peers.is_first:
+            _save(run, trainer, journal, others)
 
     meter = MemoryMeter(device, tried_bytes)
-    trainer = Trainer(spec, model, loaded.tokenizer, data, tuning, optimizer, journal.emit, journal, save, meter)
+    trainer = Trainer(spec, model, loaded.tokenizer, data, tuning, optimizer, journal.emit, journal, save, meter, peers)
     if checkpoint is not None:
-        trainer.go_on_from(load_checkpoint(checkpoint, tuning, optimizer))
+        trainer.go_on_from(load_checkpoint(checkpoint, tuning, optimizer, peers.rank))
         journal.emit(Warned(f"Going on from the checkpoint of step {trainer.step}."))
     return trainer
 
 
-def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated | None:
+def _save(run: Run, trainer: Trainer, journal: Journal | Listener, others: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint, with the random states of the `others`, and say so."""
+    path = save_checkpoint(run.checkpoints_path, trainer.tuning, trainer.optimizer, trainer.progress(), others)
+    journal.emit(Checkpointed(trainer.step, str(path.relative_to(run.path))))
+
+
+def _base_figures(run: Run, trainer: Trainer, journal: Journal | Listener) -> Evaluated | None:
     """Return the figures of the untuned base, from the run's events where an earlier session computed them.
 
     None where a stop came first.
@@ -291,13 +290,16 @@ def _base_figures(run: Run, trainer: Trainer, journal: Journal) -> Evaluated | N
     return trainer.evaluate(trainer.spec.exact_match_rows, scored=True)
 
 
-def _keep_what_was_learnt(run: Run, trainer: Trainer) -> None:
+def _keep_what_was_learnt(run: Run, trainer: Trainer, journal: Journal | Listener) -> None:
     """Save the last whole step of a run that fails, as far as the failure allows."""
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.step == 0 or trainer.tuning.selecting:
         return
     try:
-        trainer.save(trainer)
+        if trainer.peers.count == 1:
+            trainer.settle()
+        trainer.log.require_finite()
+        _save(run, trainer, journal, {})
         trainer.tuning.save_result(run.delta_path)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, TrainingError):
         traceback.print_exc()

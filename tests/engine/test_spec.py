@@ -145,3 +145,15 @@ def test_optimizers_and_their_states_that_do_not_go_together_are_said(fields: di
 def test_rows_must_fit_the_task(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidSpecError, match=re.escape(words)):
         parse_spec({"model": "demo", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"device": "cuda:1"}, "device must be auto, cuda or cpu with num_processes=2, .*, got 'cuda:1'"),
+        ({"selection_micro_steps": 3}, "multiple of num_processes, .*, got 3 and 2. Use selection_micro_steps=4"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidSpecError, match=sentence):
+        parse_spec({"model": "demo", "num_processes": 2, **fields})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.batches import evaluation_batches, prepare_data, step_batches, steps_in_run
+from engine.data.batches import evaluation_batches, prepare_data
 from engine.data.examples import IGNORED, Example, Examples
+from engine.data.steps import step_batches, steps_in_run
 from engine.errors import DatasetError
 from engine.spec import RunSpec
 

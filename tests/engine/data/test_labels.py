@@ -6,12 +6,13 @@ from typing import Any
 import datasets
 import pytest
 
-from engine.data.batches import PreparedData, prepare_data, step_batches
+from engine.data.batches import PreparedData, prepare_data
 from engine.data.columns import UnusableRowError
 from engine.data.formats import recognise
 from engine.data.labels import Labels, read_labels, split_pair
 from engine.data.preview import preview_dataset
 from engine.data.sources import load_source
+from engine.data.steps import step_batches
 from engine.errors import DatasetError, HubUnreachableError
 from engine.models import load_tokenizer
 from engine.presets import list_presets, load_preset

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from engine.errors import BudgetError, TargetsError
-from engine.hardware import Device
+from engine.errors import BudgetError, DeviceError, TargetsError
+from engine.hardware import Device, Gpu
+from engine.planner import formulas
 from engine.planner.estimate import estimate
 from engine.planner.plan import LABELS, make_plan, plan_table, require_fit
 from engine.planner.remedies import find_remedies
@@ -180,3 +181,39 @@ def test_a_plan_takes_milliseconds(config_folder: Callable[..., str]) -> None:
     for _ in range(5):
         make_plan(spec)
     assert (time.process_time() - started) / 5 < 0.02
+
+
+def test_several_processes_share_the_step_and_each_needs_a_card(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(), density=0.05, gradient_checkpointing=True, selection_memory_gib=1000)
+    shape = read_shape(spec.model)
+    one, two = (estimate(spec.model_copy(update={"num_processes": count}), shape, CARD) for count in (1, 2))
+    assert two.peak_bytes - one.peak_bytes == formulas.NCCL_BYTES
+    assert two.exchanged_bytes == 4 * one.num_active
+    assert (two.rows, two.tokens, two.flops) == (2 * one.rows, 2 * one.tokens, 2 * one.flops)
+    assert two.host_bytes == 2 * one.host_bytes
+    assert one.exchanged_bytes == 0
+
+
+def test_the_exchange_is_a_moment_of_its_own(config_folder: Callable[..., str]) -> None:
+    """Of a full tuning the joined gradients are more than any backward adds."""
+    spec = _spec(config_folder(), method="full", num_processes=2, sequence_length=64, gradient_checkpointing=True)
+    plan = estimate(spec, read_shape(spec.model), CARD)
+    assert plan.phase == "exchange of gradients"
+    assert plan.parts["transients"] == plan.exchanged_bytes == 4 * plan.target_numel
+
+
+def test_processes_on_the_cpu_share_its_memory(config_folder: Callable[..., str]) -> None:
+    one, two = (make_plan(_spec(config_folder(), device="cpu", num_processes=count)) for count in (1, 2))
+    assert two.budget_bytes == one.budget_bytes // 2
+
+
+def test_more_processes_than_cards_are_refused(
+    config_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Gpu(0, "a card", 24 * GIB, 24 * GIB, None)
+    for module in ("engine.hardware", "engine.planner.plan"):
+        monkeypatch.setattr(f"{module}.list_gpus", lambda: [card])
+    with pytest.raises(DeviceError, match="num_processes must be at most 1, the GPUs of this computer, got 2"):
+        make_plan(_spec(config_folder(), num_processes=2))
+    assert make_plan(_spec(config_folder(), num_processes=2, device="cpu")).rows == 32
+    assert make_plan(_spec(config_folder(), num_processes=2), card="RTX 4090 24 GB").rows == 32

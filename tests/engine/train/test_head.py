@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.data.batches import prepare_data, step_batches
+from engine.data.batches import prepare_data
+from engine.data.steps import step_batches
 from engine.errors import DeltaError
 from engine.evaluate import batch_loss
 from engine.events import Evaluated, Event

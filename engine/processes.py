@@ -1,0 +1,57 @@
+"""How a process of this program is started: its words and its environment. Never torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from engine.hub import hub_online
+from engine.units import MIB
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def command_of(*arguments: str) -> list[str]:
+    """Return the words that start this program with `arguments`."""
+    return [sys.executable, "-m", "engine", *arguments]
+
+
+def training_command(folder: Path, processes: int) -> list[str]:
+    """Return the words that start the training of the run in `folder`: one worker, or torchrun with several."""
+    command = command_of("worker", str(folder))
+    if processes == 1:
+        return command
+    return [*command[:2], "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command[1:]]
+
+
+def training_environment(processes: int) -> dict[str, str]:
+    """Return the environment of a run of so many processes: they share the cores."""
+    environment = worker_environment()
+    if processes == 1:
+        return environment
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **environment}
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment in which a worker runs."""
+    hub_online()  # asked once here; workers read the verdict from the environment
+    path = os.pathsep.join(part for part in (str(PROJECT), os.environ.get("PYTHONPATH", "")) if part)
+    # Threads that wait do not spin: beside a busy browser that takes two to four times as long.
+    # Large blocks go back to the system when they are freed, so that resident memory is what the plan counts.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    defaults["MALLOC_TRIM_THRESHOLD_"] = str(4 * MIB)
+    return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def child_process(*arguments: str, errors: IO[Any]) -> subprocess.Popen[str]:
+    """Start `python -m engine` with `arguments`; it is spoken to through its pipes and ends when they close."""
+    return subprocess.Popen(
+        command_of(*arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        encoding="utf-8",
+        env=worker_environment(),
+    )
