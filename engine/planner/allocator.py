@@ -22,6 +22,8 @@ OWN_SEGMENT_BYTES = 10 * MIB  # from here on a block has a segment of its own
 SEGMENT_ROUNDING_BYTES = 2 * MIB
 LIMIT_STEP_BYTES = 16 * MIB  # how finely the least limit is searched
 
+_ADDRESS_BITS = 48
+
 Event = tuple[int, int]  # storage number, bytes; 0 bytes where it is freed
 
 
@@ -48,22 +50,25 @@ class Block:
 
 @dataclass
 class _Pool:
-    """The free blocks of one kind, smallest first, at equal size by address."""
+    """The free blocks of one kind, smallest first, at equal size by address: a key is both in one number."""
 
-    keys: list[tuple[int, int]] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
     blocks: dict[int, Block] = field(default_factory=dict)
 
     def add(self, block: Block) -> None:
-        insort(self.keys, (block.size, block.address))
-        self.blocks[block.address] = block
+        key = block.size << _ADDRESS_BITS | block.address
+        insort(self.keys, key)
+        self.blocks[key] = block
 
     def remove(self, block: Block) -> None:
-        del self.keys[bisect_left(self.keys, (block.size, block.address))]
-        del self.blocks[block.address]
+        key = block.size << _ADDRESS_BITS | block.address
+        del self.keys[bisect_left(self.keys, key)]
+        del self.blocks[key]
 
-    def best_fit(self, size: int) -> Block | None:
-        place = bisect_left(self.keys, (size, -1))
-        return self.blocks[self.keys[place][1]] if place < len(self.keys) else None
+    def take(self, size: int) -> Block | None:
+        """Remove and return the smallest block that is large enough; None where there is none."""
+        place = bisect_left(self.keys, size << _ADDRESS_BITS)
+        return self.blocks.pop(self.keys.pop(place)) if place < len(self.keys) else None
 
 
 class CachingAllocator:
@@ -87,16 +92,14 @@ class CachingAllocator:
         """
         size = max(ROUNDING_BYTES, _up(num_bytes, ROUNDING_BYTES))
         small = size <= SMALL_BYTES
-        block = self._pools[small].best_fit(size)
-        if block is not None:
-            self._pools[small].remove(block)
-        else:
-            block = self._new_segment(size, small)
-        self._split(block, size)
+        block = self._pools[small].take(size) or self._new_segment(size, small)
+        if block.size != size:
+            self._split(block, size)
         block.free = False
         self._given[number] = block
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
 
     def release(self, number: int) -> None:
         """Take the block of storage `number` back."""

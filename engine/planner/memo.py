@@ -1,10 +1,31 @@
 """Remembers what operations make of tensors of certain sizes, so that tracing the layers of a model is quick."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+
+Kind = Literal["new", "in place", "out", ""]
+Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_aten = torch.ops.aten
+_Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | tuple[Any]  # of a tensor, or what else is returned
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """An operation: what it makes, what runs in its stead where it is special, what it answers of trained numbers.
+
+    `kind`: it makes new tensors only, changes its first argument only, changes `out` only, or is none of these.
+    Operations of PyTorch hash slowly, as Python; these are found by the identity of theirs, which live as long.
+    """
+
+    func: Any
+    kind: Kind
+    special: Run | None = None
+    answer: bool | None = None
 
 
 class Memo:
@@ -15,65 +36,88 @@ class Memo:
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        self._kinds: dict[Any, Literal["new", "in place", ""]] = {}
         self._made: dict[Any, list[_Made]] = {}
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation on meta tensors."""
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = _kind_of(func)
+        kind = operation.kind
         if not kind:
-            return func(*args, **kwargs)
-        key = (func, _signature(args), _signature(tuple(kwargs.items())) if kwargs else None)
+            return operation.func(*args, **kwargs)
+        key = _key(operation, args, kwargs)
         made = self._made.get(key)
         if made is None:
-            return self._learn(key, kind, args, kwargs)
-        if kind == "in place":
-            return args[0]
-        new = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in made]
-        return new[0] if len(new) == 1 else tuple(new)
+            return self._learn(key, operation, args, kwargs)
+        if kind == "new":
+            return _make(made[0]) if len(made) == 1 else tuple([_make(each) for each in made])
+        return args[0] if kind == "in place" else kwargs["out"]
 
-    def _learn(self, key: Any, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = key[0]
-        given = {each.untyped_storage()._cdata for each in tree_flatten(args)[0] if isinstance(each, Tensor)}
-        out = func(*args, **kwargs)
-        if kind == "in place":
-            if out is args[0]:
+    def _learn(self, key: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = operation.func(*args, **kwargs)
+        if operation.kind != "new":
+            changed = args[0] if operation.kind == "in place" else kwargs["out"]
+            if out is changed and key == _key(operation, args, kwargs):  # it has the size that it had
                 self._made[key] = []
             return out
-        made = [out] if isinstance(out, Tensor) else [*out]
-        if any(isinstance(each, Tensor) and each.untyped_storage()._cdata in given for each in made):
-            self._kinds[func] = ""  # a view, whatever its schema says
-        elif all(isinstance(each, Tensor) and _fills_its_storage(each) for each in made):
-            self._made[key] = [(each.shape, each.stride(), each.dtype) for each in made]
+        made = [*out] if isinstance(out, tuple) else [out]
+        storages = [each.untyped_storage()._cdata for each in made if isinstance(each, Tensor)]
+        given = {each.untyped_storage()._cdata for each in tree_flatten(args)[0] if isinstance(each, Tensor)}
+        if not given.isdisjoint(storages):
+            operation.kind = ""  # a view, whatever its schema says
+            if operation.func is _aten._unsafe_view.default:
+                operation.func = _aten.view.default  # the same in no Python
+        elif len(storages) == len({*storages}) and all(_can_be_made(each) for each in made):
+            self._made[key] = [_size_of(each) for each in made]
         return out
 
 
-_Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
-
-
-def _signature(args: Any) -> Any:
-    if isinstance(args, Tensor):
-        return args.shape, args.stride(), args.dtype, args.is_meta
-    if isinstance(args, (tuple, list)):
-        return tuple([_signature(each) for each in args])
-    return args.__class__, args
-
-
-def _kind_of(func: Any) -> Literal["new", "in place", ""]:
-    """Return whether an operation makes new tensors only, changes its first argument only, or is neither."""
+def kind_of(func: Any) -> Kind:
+    """Return whether an operation makes new tensors only, changes its first argument or `out` only, or is neither."""
     schema = func._schema
     aliased = [each.alias_info is not None for each in schema.arguments]
     returned = [each.alias_info is not None for each in schema.returns]
     if not any(aliased) and returned and not any(returned):
-        return "new" if all(str(each.type) == "Tensor" for each in schema.returns) else ""
-    in_place = schema.name.endswith("_") and aliased[0] and not any(aliased[1:]) and returned == [True]
-    return "in place" if in_place else ""
+        return "" if any("[]" in str(each.type) for each in schema.returns) else "new"
+    if returned != [True]:
+        return ""
+    if schema.name.endswith("_") and aliased[0] and not any(aliased[1:]):
+        return "in place"
+    outs = [each.name for each, changed in zip(schema.arguments, aliased, strict=True) if changed]
+    return "out" if outs == ["out"] else ""
 
 
-def _fills_its_storage(tensor: Tensor) -> bool:
-    if not tensor.is_meta:
+def _key(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return id(operation), _signature(args), _signature(tuple(kwargs.items())) if kwargs else None
+
+
+def _signature(args: Any) -> Any:
+    return tuple(
+        [
+            (each.shape, each.stride(), each.dtype, each.is_meta)
+            if isinstance(each, Tensor)
+            else _signature(each)
+            if isinstance(each, (tuple, list))
+            else (each.__class__, each)
+            for each in args
+        ]
+    )
+
+
+def _make(made: _Made) -> Any:
+    if len(made) == 1:
+        return made[0]
+    shape, stride, dtype = made
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _size_of(result: Any) -> _Made:
+    return (result.shape, result.stride(), result.dtype) if isinstance(result, Tensor) else (result,)
+
+
+def _can_be_made(result: Any) -> bool:
+    """Return whether a result is a tensor on the meta device that fills its storage, or no tensor."""
+    if not isinstance(result, Tensor):
+        return result is None or isinstance(result, (int, float))
+    if not result.is_meta:
         return False
-    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return fresh.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+    fresh = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    return fresh.untyped_storage().nbytes() == result.untyped_storage().nbytes()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from engine.planner.memo import Memo
+from engine.planner.memo import Memo, Operation, Run, kind_of
 
 KNOWN_NUMEL = 2**17  # of what is computed for real: ids, positions and masks a token, not masks a pair of tokens
+BOUNDS = 2  # where a slice begins and ends
 _aten = torch.ops.aten
 
 
@@ -35,33 +36,76 @@ class Scenario:
         self._counts, self._count = counts, max(counts.values())
         self._on_cpu = on_cpu
         self._memo = Memo()
+        self._operations: dict[int, Operation] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of one operation."""
-        if func is _aten._local_scalar_dense.default:
-            return self._answer(args[0])
-        if func in _UPDATES:
-            return None
-        if func is _aten.repeat_interleave.Tensor:
-            size = kwargs.get("output_size") or self._counts.get(args[0].numel(), self._count)
-            return func(*args, **{**kwargs, "output_size": size})
-        if func is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            return _in_bfloat16(func, args, kwargs)
-        if func in _FACTORIES:
-            return self._make(func, args, kwargs)
-        if func is _aten._to_copy.default and _leaves_the_device(args[0], kwargs):
-            return _hollow(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+        operation = self._operations.get(id(func))
+        if operation is None:
+            operation = self._operations[id(func)] = Operation(
+                func, kind_of(func), self._special(func), _QUESTIONS.get(func)
+            )
+        if operation.special is not None:
+            return operation.special(func, args, kwargs)
+        return self._plain(operation, args, kwargs)
+
+    def _plain(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args else None
         if isinstance(first, (list, tuple)) and first:
             first = first[0]
         if isinstance(first, Tensor):
-            if _is_hollow(first):
-                return _run_hollow(func, args, kwargs)
-            if _known(first) is not None:
-                return _run_twice(func, args, kwargs)
-        out = self._memo.run(func, args, kwargs)
-        if func in _QUESTIONS:
-            out.known = torch.tensor(_QUESTIONS[func])
+            if first.is_meta:
+                if getattr(first, "known", None) is not None:
+                    return self._run_twice(operation, args, kwargs)
+            elif _is_hollow(first):
+                return _run_hollow(operation.func, args, kwargs)
+            else:
+                return self._run_twice(operation, args, kwargs)
+        out = self._memo.run(operation, args, kwargs)
+        if operation.answer is not None:
+            out.known = torch.tensor(operation.answer)
+        return out
+
+    def _special(self, func: Any) -> Run | None:
+        """Return what runs in the stead of an operation whose result is more, or less, than a tensor of some size."""
+        if func in _UPDATES:
+            return lambda *_: None
+        if func in _FACTORIES:
+            return self._make
+        return {
+            _aten._local_scalar_dense.default: lambda _, args, __: self._answer(args[0]),
+            _aten.repeat_interleave.Tensor: self._repeat,
+            _aten._grouped_mm.default: self._multiply,
+            _aten._to_copy.default: self._copy,
+        }.get(func)
+
+    def _repeat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        size = kwargs.get("output_size") or self._counts.get(args[0].numel(), self._count)
+        return func(*args, **{**kwargs, "output_size": size})
+
+    def _multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].dtype != torch.bfloat16:
+            return _in_bfloat16(func, args, kwargs)
+        return self._plain(self._operations[id(func)], args, kwargs)
+
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _leaves_the_device(args[0], kwargs):
+            out = _hollow(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+            if out.dtype == torch.int64 and out.numel() == BOUNDS:  # of a slice, which is taken as all there is
+                out[0], out[-1] = 0, torch.iinfo(out.dtype).max
+            return out
+        return self._plain(self._operations[id(func)], args, kwargs)
+
+    def _run_twice(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on meta tensors, and on their real numbers where all of them are known."""
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        out = self._memo.run(operation, args, kwargs)
+        if isinstance(out, Tensor) and out.is_meta and out.numel() <= KNOWN_NUMEL and not out.is_floating_point():
+            if all(_known(each) is not None for each in tensors):
+                real_args, real_kwargs = tree_map_only(Tensor, _known, (args, kwargs))
+                out.known = operation.func(*real_args, **_to_main_memory(real_kwargs))  # type: ignore[attr-defined]
+            elif hasattr(out, "known"):
+                del out.known
         return out
 
     def stays(self, func: Any, args: tuple[Any, ...]) -> bool:
@@ -103,19 +147,6 @@ def _known(tensor: Tensor) -> Tensor | None:
         return None if _is_hollow(tensor) else tensor
     known: Tensor | None = getattr(tensor, "known", None)
     return known
-
-
-def _run_twice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on meta tensors, and on their real numbers where all of them are known."""
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-    out = func(*args, **kwargs)
-    if isinstance(out, Tensor) and out.is_meta and out.numel() <= KNOWN_NUMEL and not out.is_floating_point():
-        if all(_known(each) is not None for each in tensors):
-            real_args, real_kwargs = tree_map_only(Tensor, _known, (args, kwargs))
-            out.known = func(*real_args, **_to_main_memory(real_kwargs))  # type: ignore[attr-defined]
-        elif hasattr(out, "known"):
-            del out.known
-    return out
 
 
 def _in_bfloat16(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ Above all the attention kernel, whose memory the choice decides: that of the dev
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from engine.train import choosing
 
 AttentionKernel = Literal["flash", "efficient", "cpu", "math"]
 _FLASH_HEAD_DIM = 256  # the largest head of flash attention on CUDA
@@ -99,7 +102,8 @@ def standing_for(on_cpu: bool) -> Iterator[None]:
     """Let the meta device stand for the CPU, or for a CUDA device, where Python code asks what the device can do.
 
     Attention takes the kernel of that device; fused optimizers are allowed; every entry of a mask counts as true;
-    numbers read out are any numbers. Where it stands for the CPU, main memory is the device itself.
+    numbers read out are any numbers; this computer's main memory sets no limit. Where it stands for the CPU, main
+    memory is the device itself.
     """
     from torch.fx.experimental import _config
     from torch.optim import optimizer
@@ -112,6 +116,7 @@ def standing_for(on_cpu: bool) -> Iterator[None]:
             (optimizer, "_get_fused_kernels_supported_devices", lambda: fused),
             (_config, "meta_nonzero_assume_all_nonzero", True),
             (Tensor, "numpy", _any_numbers),
+            (choosing, "free_memory_bytes", lambda: sys.maxsize),
             *(((Tensor, "to", _to), (Tensor, "cpu", _cpu)) if on_cpu else ((functional, "dropout", _fused_dropout),)),
         ):
             stack.enter_context(_replaced(owner, name, stand_in))

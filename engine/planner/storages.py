@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.planner.ledger import HOST, LOSS, LOSS_BACKWARD, Ledger
 from engine.planner.scenario import Scenario
-from engine.planner.workspaces import workspace_of
+from engine.planner.workspaces import workspace_rule
 
 _BACKWARD_OF = "backward of "
+# An operation, its name, whether it makes storages, what its kernel takes; by its identity, as operations hash slowly.
+_Traits = tuple[Any, str, bool, Callable[[tuple[Any, ...]], int] | None]
 
 
 class StorageMeter(TorchDispatchMode):
@@ -36,7 +38,7 @@ class StorageMeter(TorchDispatchMode):
         self._workspaces = workspaces
         self._live: dict[int, int] = {}
         self._references: dict[int, Any] = {}
-        self._makes: dict[Any, bool] = {}
+        self._traits: dict[int, _Traits] = {}
         self._modules = _ModuleClock()
 
     def watch_modules(self, model: nn.Module) -> None:
@@ -47,7 +49,7 @@ class StorageMeter(TorchDispatchMode):
         """Say what part the storage of `tensor` is; it counts from now on if it did not before."""
         number = self._live.get(tensor.untyped_storage()._cdata)
         if number is None:
-            self._open(tensor, "", part)
+            self._open(tensor.untyped_storage(), "", part)
         else:
             self.ledger.storages[number].part = part
 
@@ -57,35 +59,42 @@ class StorageMeter(TorchDispatchMode):
         if number is None or not self.ledger.storages[number].part:
             self.adopt(tensor, part)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled meanwhile, and a guard against it would run around each operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note the storages that it makes."""
         kwargs = kwargs or {}
-        out = self._scenario.run(func, args, kwargs) if self._scenario is not None else func(*args, **kwargs)
-        makes = self._makes.get(func)
-        if makes is None:
-            makes = self._makes[func] = _makes_storages(func)
-        if makes and not (self._scenario is not None and self._scenario.stays(func, args)):
+        scenario = self._scenario
+        out = scenario.run(func, args, kwargs) if scenario is not None else func(*args, **kwargs)
+        traits = self._traits.get(id(func))
+        if traits is None:
+            rule = workspace_rule(func) if self._workspaces else None
+            traits = self._traits[id(func)] = (func, str(func), _makes_storages(func), rule)
+        _, name, makes, rule = traits
+        if makes and not (scenario is not None and scenario.stays(func, args)):
             if isinstance(out, Tensor):
-                self._note(out, func)
+                self._note(out, name)
             elif isinstance(out, (tuple, list)):
                 for each in out:
                     if isinstance(each, Tensor):
-                        self._note(each, func)
-        if self._workspaces and (size := workspace_of(func, args)):
-            self.ledger.close(self.ledger.open(size, str(func), self._where(), "workspace"))
+                        self._note(each, name)
+        if rule is not None and (size := rule(args)):
+            self.ledger.close(self.ledger.open(size, name, self._where(), "workspace"))
         return out
 
-    def _note(self, tensor: Tensor, func: Any) -> None:
-        if tensor.untyped_storage()._cdata not in self._live:
-            on_host = self._scenario is not None and not tensor.is_meta
-            self._open(tensor, str(func), HOST if on_host else "")
-
-    def _open(self, tensor: Tensor, operation: str, part: str) -> None:
+    def _note(self, tensor: Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
-        if not storage.nbytes():
+        if storage._cdata not in self._live:
+            self._open(storage, operation, HOST if self._scenario is not None and not tensor.is_meta else "")
+
+    def _open(self, storage: torch.UntypedStorage, operation: str, part: str) -> None:
+        num_bytes = storage.nbytes()
+        if not num_bytes:
             return
         key = storage._cdata
-        self._live[key] = self.ledger.open(storage.nbytes(), operation, self._where(), part)
+        self._live[key] = self.ledger.open(num_bytes, operation, self._where(), part)
         self._references[key] = weakref.ref(storage, self._closer(key))
 
     def _closer(self, key: int) -> Callable[[Any], None]:

@@ -115,7 +115,7 @@ def record(
             meter.adopt(part, "parameters")
     for buffer in model.buffers():
         meter.adopt(buffer, "parameters")
-    with _no_garbage():
+    with no_garbage():
         with meter:
             tuning = start_tuning(model, spec, head)
             if spec.task == "classification":
@@ -174,13 +174,15 @@ def _names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Keep Python's collector away: it would free cycles at moments that say nothing."""
+def no_garbage() -> Iterator[None]:
+    """Keep Python's collector away: it would free cycles at moments that say nothing, and go through all of torch."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def _mark_phases(trainer: Trainer, ledger: Ledger, label: "_Labels") -> None:

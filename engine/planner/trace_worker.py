@@ -8,7 +8,7 @@ from engine.errors import EngineError
 from engine.hardware import Device
 from engine.planner.allocator import device_events, least_limit_bytes, replay
 from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
-from engine.planner.trace import trace_events
+from engine.planner.trace import no_garbage, trace_events
 from engine.planner.traced import Traced, keep, traced
 from engine.spec import RunSpec
 
@@ -38,11 +38,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def trace_spec(spec: RunSpec, device: Device) -> Traced:
     """Trace `spec`, and replay the allocator where the device has one that caches."""
-    ledger = trace_events(spec, device)
-    if device.is_cpu:
-        figures = add_up(ledger, 0, host_apart=False)
-        return Traced(figures, *[figures.peak.total] * 3)
-    return replayed(ledger)
+    with no_garbage():
+        ledger = trace_events(spec, device)
+        if device.is_cpu:
+            figures = add_up(ledger, 0, host_apart=False)
+            return Traced(figures, *[figures.peak.total] * 3)
+        return replayed(ledger)
 
 
 def replayed(ledger: Ledger) -> Traced:

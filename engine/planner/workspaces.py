@@ -1,5 +1,6 @@
 """What CUDA kernels take for themselves while they run, where it is much: it is no result, so no trace sees it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from engine.planner.activations import FLASH_HEAD, FLASH_QUERIES, FP32_BYTES
@@ -7,14 +8,14 @@ from engine.planner.activations import FLASH_HEAD, FLASH_QUERIES, FP32_BYTES
 INT64_BYTES = 8
 
 
-def workspace_of(func: Any, args: tuple[Any, ...]) -> int:
-    """Return the bytes that the CUDA kernel of an operation takes beside its results."""
-    name = func.name()
-    if name == "aten::_scaled_dot_product_flash_attention_backward":
-        return flash_backward_bytes(tuple(args[1].shape), tuple(args[2].shape), args[1].element_size())
-    if name == "aten::embedding_dense_backward":
-        return sorted_embedding_bytes(args[1].numel())
-    return 0
+def workspace_rule(func: Any) -> Callable[[tuple[Any, ...]], int] | None:
+    """Return what says, by the arguments of an operation, how many bytes its CUDA kernel takes beside its results."""
+    return {
+        "aten::_scaled_dot_product_flash_attention_backward": lambda args: flash_backward_bytes(
+            tuple(args[1].shape), tuple(args[2].shape), args[1].element_size()
+        ),
+        "aten::embedding_dense_backward": lambda args: sorted_embedding_bytes(args[1].numel()),
+    }.get(func.name())
 
 
 def flash_backward_bytes(query: tuple[int, ...], key: tuple[int, ...], element_bytes: int) -> int:

@@ -104,7 +104,7 @@ class Leaving(Scenario):
     """Tells a watch of everything that leaves the device."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__(64, on_cpu=False)
+        super().__init__({0: 64}, on_cpu=False)
         self._watch = watch
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
