@@ -246,9 +246,10 @@ def accumulated_gradient_bytes(numels: Mapping[str, int]) -> int:
 def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
     """Return what an optimizer step takes beside what stays: the fused update nothing, the write-back one tensor's.
 
-    Of each trained entry its int64 position, base and sum in fp32, and the rounded sum.
+    Of each trained entry its int64 position, the sum in fp32 and, in 16 bit, the rounded sum.
     """
-    return (INT64_BYTES + 2 * FP32_BYTES + element_bytes) * max(num_active.values())
+    rounded = element_bytes if element_bytes != FP32_BYTES else 0
+    return (INT64_BYTES + FP32_BYTES + rounded) * max(num_active.values())
 
 
 def update_bytes(

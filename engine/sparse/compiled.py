@@ -83,8 +83,6 @@ class CompiledUpdate:
         self, numbers: Numbers, grad: Tensor, packed: States, rate: float, settings: Settings
     ) -> tuple[Numbers, States]:
         """See `coded_update`."""
-        from torch._dynamo.exc import TorchDynamoException
-
         device, age, corrections = grad.device, packed["age"], None
         if not age.dim():
             first, second = (1 - beta ** (age.double() + 1) for beta in settings.betas)
@@ -95,7 +93,9 @@ class CompiledUpdate:
             self._run = torch.compile(coded_update, dynamic=True)
         try:
             return self._run(*arguments)
-        except TorchDynamoException as error:
-            _LOG.warning("The update of the trained entries is not compiled: %s", str(error).partition("\n")[0])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of the compiler, most likely; what else fails will do so again
+            _LOG.warning("The update of the trained entries is not compiled: %s", " ".join(str(error).split("\n")[:2]))
             self._run = coded_update
             return coded_update(*arguments)

@@ -122,6 +122,16 @@ def test_an_update_of_compact_entries_takes_no_more_than_the_plan_says(first: bo
     assert 0.7 * planned <= live.peak <= 1.02 * planned + 4 * 512 + 2048
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_write_back_takes_what_the_plan_says(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(512, 1000).to(dtype), requires_grad=False)
+    entry = ActiveEntries("w", weight, 50_000)
+    entry.place(torch.arange(50_000, dtype=torch.int32))
+    with _LiveBytes() as live:
+        entry.write_back()
+    assert live.peak == formulas.write_back_bytes({"w": 50_000}, weight.element_size())
+
+
 def _plan(folder: str, **fields: Any) -> Plan:
     settings = {"density": 0.05, "gradient_checkpointing": True, "gradient_accumulation": 1, "method": "random"}
     spec = RunSpec(model=folder, **{**settings, **fields})

@@ -79,6 +79,17 @@ def _values_gradients(model: LlamaForCausalLM, ids: Tensor, *, functions: bool, 
     return grads
 
 
+@pytest.mark.parametrize("functions", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_compact_entries_have_the_gradient_of_plain_ones(way: str, functions: bool) -> None:
+    model, ids = _biased().bfloat16(), torch.randint(0, 128, (2, 12))
+    plain, compact = (
+        _values_gradients(model, ids, functions=functions, targets="all", gradient_way=way, optimizer_states=states)
+        for states in ("8bit", "compact")
+    )
+    assert all(torch.equal(left, right) for left, right in zip(plain, compact, strict=True))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_biases_train_and_recomputed_layers_give_the_same_gradient(way: str) -> None:
     model, ids = _biased(), torch.randint(0, 128, (2, 12))

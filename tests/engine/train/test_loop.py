@@ -38,7 +38,8 @@ def make(model_folder: Path, dataset_folder: Path) -> Make:
         spec = RunSpec(model=str(model_folder), dataset=str(dataset_folder), **{**values, **fields})
         device = torch.device("cpu")
         tokenizer = load_tokenizer(spec)
-        model = load_model(spec, device).double()
+        model = load_model(spec, device)
+        model = model if spec.dtype == "bfloat16" else model.double()
         tuning = start_tuning(model, spec)
         optimizer = tuning.make_optimizer()
         events: list[Event] = []
@@ -98,6 +99,22 @@ def test_resumed_run_equals_the_unbroken_one_with_8_bit_states_in_main_memory(
     _assert_resumes(make, tmp_path, optimizer_states="8bit", offload_states=True, **fields)
     held = load_file(tmp_path / "6" / "values.safetensors")
     assert {tensor.dtype for name, tensor in held.items() if name.endswith("exp_avg")} == {torch.uint8}
+
+
+@pytest.mark.parametrize("method", ["sift", "random", "spiel-ag"])
+def test_resumed_run_equals_the_unbroken_one_with_compact_entries(make: Make, tmp_path: Path, method: str) -> None:
+    fields = {"method": method, "density": 0.6, "dtype": "bfloat16", "max_grad_norm": 0.5}
+    _assert_resumes(make, tmp_path, optimizer_states="compact", **fields)
+    held = load_file(tmp_path / "6" / "values.safetensors")
+    assert torch.uint8 in {tensor.dtype for name, tensor in held.items() if name.endswith("exp_avg")}
+
+
+@pytest.mark.parametrize("reselection_period", [None, 4])
+def test_resumed_run_equals_the_unbroken_one_where_compact_entries_are_chosen_anew(
+    make: Make, tmp_path: Path, reselection_period: int | None
+) -> None:
+    fields = {"reselection_period": reselection_period, "allocation": "global", "dtype": "bfloat16"}
+    _assert_resumes(make, tmp_path, optimizer_states="compact", **fields)
 
 
 def _assert_resumes(make: Make, tmp_path: Path, **fields: Any) -> None:

@@ -113,9 +113,11 @@ def test_a_delta_of_either_states_is_learnt_removed_and_applied(
     assert all(torch.equal(tensor, tuned[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_spiel_ag_learns_and_reselects_with_8_bit_states_in_main_memory(model_folder: Path, quantization: str) -> None:
-    fields = {"quantization": quantization, "optimizer_states": "8bit", "offload_states": True}
+@pytest.mark.parametrize(("quantization", "states"), [("none", "8bit"), ("nf4", "8bit"), ("nf4", "compact")])
+def test_spiel_ag_learns_and_reselects_with_8_bit_states_in_main_memory(
+    model_folder: Path, quantization: str, states: str
+) -> None:
+    fields = {"quantization": quantization, "optimizer_states": states, "offload_states": True}
     spec = _spec("spiel-ag", density=0.6, learning_rate=5e-3, **fields)
     model = load_model(spec.model_copy(update={"model": str(model_folder)}), torch.device("cpu"))
     tuning, losses, reselected, optimizer = _train(model, spec, 12)
