@@ -114,7 +114,10 @@ def _figure(x: list[float], y: list[float], line: Line, title: str) -> dict[str,
             "line": {"color": GREY, "dash": "dot"},
         },
     ]
-    axes = {"xaxis": AXIS | {"title": {"text": title}}, "yaxis": AXIS | {"title": {"text": "cost, frozen steps"}}}
+    axes = {
+        "xaxis": AXIS | {"title": {"text": title}},
+        "yaxis": AXIS | {"title": {"text": "cost, frozen steps"}, "rangemode": "tozero"},
+    }
     return {"data": data, "layout": layout(HEIGHT) | axes}
 
 

@@ -1,6 +1,5 @@
 """The demo in a browser: one person, from the first point to an answer."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -49,8 +48,7 @@ def page() -> Iterator[Page]:
 def _served(folder: Path, *arguments: str) -> Iterator[str]:
     """Run the app over the runs in `folder`; yield its address. What still trains is stopped at the end."""
     command = [sys.executable, "app.py", "--port", "0", "--no-browser", "--runs", str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    app = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
+    app = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     try:
         assert app.stdout is not None
         line = app.stdout.readline()

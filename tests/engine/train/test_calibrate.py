@@ -16,7 +16,6 @@ def test_a_probe_of_the_cpu_is_used_by_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["calibrate", "--device", "cpu"]) == 0
     known = read_calibration(resolve_device("cpu"))
     assert known.context_bytes is not None

@@ -29,9 +29,7 @@ def finished(
     encoder_folder: Path,
     pairs_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Run]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fields: dict[str, Any] = getattr(request, "param", {})
     values = {"task": "classification", "sequence_length": 32, "max_steps": 30, "learning_rate": 1e-2, "density": 0.2}
     values |= {"micro_batch_size": 16, "gradient_accumulation": 1, "evaluation_interval": 15, "probe_interval": 15}

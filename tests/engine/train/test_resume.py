@@ -99,8 +99,7 @@ def pairs(
         "checkpoint_interval": 5,
     }
     rng = random.Random(0)
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(1) as pool:
         yield {
             (method, base): pool.submit(
                 _both,

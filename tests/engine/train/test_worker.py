@@ -22,8 +22,7 @@ TIMEOUT_S = 90.0
 
 
 @pytest.fixture
-def make(model_folder: Path, dataset_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def make(model_folder: Path, dataset_folder: Path, tmp_path: Path) -> Iterator[Start]:
     made = []
 
     def create(**fields: Any) -> Run:
