@@ -26,7 +26,7 @@ from engine.data.batches import prepare_data
 from engine.events import Stepped
 from engine.models import load_model, load_tokenizer
 from engine.runs import Run
-from engine.sparse.peers import ALONE, Peers
+from engine.sparse.peers import ALONE, PeerLostError, Peers
 from engine.spec import RunSpec
 from engine.train import worker
 from engine.train.checkpoint import gather_rng, load_checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sift, in passes": {"method": "sift", "selection_memory_gib": 120_000 / 2**30},
     "sift, chosen anew": {"method": "sift", "reselection_period": 3, "allocation": "global"},
     "fisher": {"method": "fisher", "selection_micro_steps": 6},
-    "random": {"method": "random"},
+    "random, read late": {"method": "random", "logging_interval": 4},
     "magnitude": {"method": "magnitude"},
     "spiel-ag": {"method": "spiel-ag"},
     "spiel-ag, one micro-batch each": {"method": "spiel-ag", "gradient_accumulation": 1},
@@ -196,6 +196,25 @@ def _wait_for(run: Run, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{runs.read_status(run)}\n{runs.log_tail(run, 200)}"
         time.sleep(0.05)
+
+
+def _lose_one(rank: int, port: int, folder: Path) -> None:
+    _enter(rank, port)
+    peers = Peers.join(2, on_cpu=True)
+    peers.totals([rank])
+    if rank:
+        peers.leave_word("The device ran out of memory.")
+        return
+    try:
+        peers.totals([rank])
+    except PeerLostError as error:
+        (folder / "word").write_text(f"{peers.last_word()} {error}")
+
+
+def test_a_process_that_ends_can_say_why_and_the_others_notice(tmp_path: Path) -> None:
+    _wait_for_both(_start_two(_lose_one, tmp_path))
+    said = "The device ran out of memory. Another process of the run ended; output.log has its last lines."
+    assert (tmp_path / "word").read_text() == said
 
 
 def _main(rank: int, port: int, run: Run) -> None:
