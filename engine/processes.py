@@ -41,6 +41,8 @@ def worker_environment() -> dict[str, str]:
     # Large blocks go back to the system when they are freed, so that resident memory is what the plan counts.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
     defaults["MALLOC_TRIM_THRESHOLD_"] = str(4 * MIB)
+    # oneDNN, which multiplies bf16 on the CPU, keeps code and repacked weights for every length of a batch that it met.
+    defaults["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -12,7 +12,7 @@ from engine.planner import formulas, recompute
 from engine.planner.duration import step_flops
 from engine.planner.moments import after_forward_bytes, host_bytes, run_moments
 from engine.planner.shape import ModelShape
-from engine.planner.workload import Workload, build_workload
+from engine.planner.workload import Workload, build_workload, dtype_of
 from engine.spec import RunSpec
 
 Verdict = Literal["fits", "tight", "does not fit"]
@@ -146,9 +146,9 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
 
 
 def _surroundings(device: Device, work: Workload) -> dict[str, int]:
-    adapters = work.spec.method == "lora"
-    workspace, context = formulas.workspace_bytes(device.is_cpu, device.sm, adapters=adapters), device.context_bytes
-    if device.workspace_bytes is not None:  # a probe trains no adapters
+    own = {"adapters": work.spec.method == "lora", "bfloat16": dtype_of(work.spec, device) == "bfloat16"}
+    workspace, context = formulas.workspace_bytes(device.is_cpu, device.sm, **own), device.context_bytes
+    if device.workspace_bytes is not None:  # a probe trains no adapters, and on the CPU in fp32
         workspace += device.workspace_bytes - formulas.workspace_bytes(device.is_cpu, device.sm)
     if work.exchanged_bytes and not device.is_cpu:
         workspace += formulas.NCCL_BYTES

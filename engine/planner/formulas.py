@@ -29,6 +29,9 @@ CPU_WORKSPACE_BYTES = 40 * MIB
 # Adapters of PEFT on the CPU: their small tensors lie between the blocks of activations below 1 MiB on the C library's
 # heap and keep these from being used again: 56 to 64 MiB beyond the plan of the demo's 2.9 M parameters, three runs.
 CPU_ADAPTER_HEAP_BYTES = 55 * MIB
+# What oneDNN keeps for products in bf16 on the CPU: 365 to 490 MiB beyond the plan of the demo in 40 steps, at two
+# sizes of micro-batch and a cache of 64 kernels (`engine.processes`); with its own 1,024 it grew to 900.
+CPU_BF16_BYTES = 430 * MIB
 # What NCCL keeps on each card for a run on several: buffers of 4 MiB for each channel and neighbour, of which there are
 # some tens. A first guess: no run on several cards was measured.
 NCCL_BYTES = 256 * MIB
@@ -296,16 +299,18 @@ def context_bytes(on_cpu: bool) -> int:
     return HOST_PROCESS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
 
 
-def workspace_bytes(on_cpu: bool, sm: int = 0, *, adapters: bool = False) -> int:
+def workspace_bytes(on_cpu: bool, sm: int = 0, *, adapters: bool = False, bfloat16: bool = False) -> int:
     """Return what the matrix libraries, and on the CPU the heap, keep for themselves.
 
     Args:
         on_cpu: whether the run is there.
         sm: compute capability of a GPU, 89 for 8.9, 0: not known.
         adapters: whether adapters are trained beside the weights.
+        bfloat16: whether the base is of that type.
     """
     if on_cpu:
-        return CPU_WORKSPACE_BYTES + (CPU_ADAPTER_HEAP_BYTES if adapters else 0)
+        heap = CPU_ADAPTER_HEAP_BYTES if adapters else 0
+        return CPU_WORKSPACE_BYTES + heap + (CPU_BF16_BYTES if bfloat16 else 0)
     return CUDA_SMALL_WORKSPACE_BYTES if 0 < sm < 90 else CUDA_WORKSPACE_BYTES
 
 
