@@ -157,13 +157,14 @@ def _note(shape: ModelShape) -> str:
 
 
 def _resident(work: Workload) -> dict[str, int]:
-    count, spec, head = work.num_active, work.spec, work.shape.dense_numel
+    count, spec = work.num_active, work.spec
     candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
+    candidates += formulas.joined_bytes(work.joined)
     births = formulas.births_bytes(count) if spec.method == "spiel-ma" else 0
     return {
         "parameters": work.parameters_bytes,
         "values": work.values_bytes + work.head_values_bytes,
         "indices": work.indices_bytes,
-        "gradients": formulas.gradients_bytes(count + head) + candidates,
+        "gradients": work.gradients_bytes + candidates,
         "optimizer_states": births + (0 if work.offloaded else work.states_bytes) + work.head_states_bytes,
     }

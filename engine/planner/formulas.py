@@ -133,6 +133,14 @@ def candidates_bytes(num_active: int) -> int:
     return 4 * FP32_BYTES * num_active
 
 
+def joined_bytes(num_active: int) -> int:
+    """Return what entries and candidates take as one, in layers with a function of their own: int32 positions of both.
+
+    They are kept from the second micro-batch of an estimation phase to its end.
+    """
+    return 2 * FP32_BYTES * num_active
+
+
 def dense_gradient_bytes(numel: int, element_bytes: int) -> int:
     """Return the one dense gradient that a backward holds: of one target, in the dtype of the base."""
     return element_bytes * numel
@@ -232,8 +240,13 @@ def update_bytes(size: int, optimizer: str, *, ages: bool = False, eight_bit: bo
 
 
 def replacing_bytes(size: int) -> int:
-    """Return what SpIEL's replacement among `size` entries takes: four int64 arrays, two fp32, three masks."""
-    return (4 * INT64_BYTES + 2 * FP32_BYTES + 3) * size
+    """Return what SpIEL-AG's replacement among `size` entries takes.
+
+    In int64: positions of entries and of candidates, places to drop, places of the largest, new positions, where they
+    came from, candidates there, places in one tensor, which are new, and these bounded. In fp32: values, both means,
+    the moments made of them and their parts that are new, and three states that take the place of the old.
+    """
+    return (10 * INT64_BYTES + 10 * FP32_BYTES) * size
 
 
 def growing_bytes(size: int, left: int) -> int:

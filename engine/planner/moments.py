@@ -16,17 +16,25 @@ def run_moments(work: Workload) -> list[Moment]:
     if spec.method in BASELINES:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     # The gradients are dropped before the weights take the new values and entries are replaced.
-    dropped = {"gradients": formulas.gradients_bytes(work.num_active + work.shape.dense_numel)}
-    after = formulas.write_back_bytes(work.active, e)
-    if spec.method in SPIEL_METHODS:
-        together = spec.allocation == "global"  # replaced as one, or one by one
-        size = work.num_active if together else max(work.sizes)
-        after = max(after, formulas.replacing_bytes(size))
-    if spec.method == "spiel-ma":
-        growing = zip(work.sizes, (0, *work.sizes), strict=False)
-        after = max(after, *(formulas.growing_bytes(size, left) for size, left in growing))
+    dropped = {"gradients": work.gradients_bytes}
+    after = max(formulas.write_back_bytes(work.active, e), _replacing_bytes(work))
     steps = [Moment("optimizer step", 0, work.update_bytes, {}), Moment("optimizer step", 0, after, dropped)]
     return [*moments, *steps, *selection_moments(work)]
+
+
+def _replacing_bytes(work: Workload) -> int:
+    """Return what SpIEL's replacement takes: among all entries as one, or weight by weight in their order.
+
+    Layers that have a function of their own hold the positions before it until their next gradient.
+    """
+    if work.spec.method not in SPIEL_METHODS:
+        return 0
+    before = formulas.FP32_BYTES * work.in_functions
+    if work.spec.method == "spiel-ag":
+        together = work.spec.allocation == "global"
+        return before + formulas.replacing_bytes(work.num_active if together else max(work.sizes))
+    growing = zip(work.sizes, (0, *work.sizes), strict=False)
+    return before + max(formulas.growing_bytes(size, left) for size, left in growing)
 
 
 def after_forward_bytes(work: Workload) -> int:
@@ -63,7 +71,13 @@ def selection_moments(work: Workload) -> list[Moment]:
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded
-    return [Moment("selection", step.saved, step.transient, {**step.without, **without}) for step in steps]
+    # Candidates are joined with the entries from the next micro-batch on.
+    apart = formulas.joined_bytes(work.joined) + formulas.gradients_bytes(work.joined)
+    return [
+        Moment("selection", step.saved, step.transient, {**step.without, **without, "gradients": apart + missing})
+        for step in steps
+        for missing in [step.without.get("gradients", 0)]
+    ]
 
 
 def host_bytes(work: Workload) -> int:

@@ -30,7 +30,9 @@ def traced_spec(spec: RunSpec) -> RunSpec:
     if spec.selection_micro_steps is not None:
         changes["selection_micro_steps"] = min(spec.selection_micro_steps, MICRO_STEPS)
     if spec.method in SPIEL_METHODS:
-        changes.update(estimation_steps=STEPS, period=STEPS)
+        # Of one micro-batch a step, the third is the first that finds entries and candidates joined by another.
+        steps = STEPS + int(spec.method == "spiel-ag" and spec.gradient_accumulation == 1)
+        changes.update(estimation_steps=steps, period=steps, max_steps=steps)
     return spec.model_copy(update=changes)
 
 

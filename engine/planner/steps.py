@@ -64,10 +64,12 @@ class Pass:
         work, count = self._work, self._work.num_active
         if not self._first:
             return {}
+        if self._taking == "gathering":
+            return {"gradients": work.gradients_bytes}
         parts = {"gradients": formulas.gradients_bytes(count + work.shape.dense_numel)}
-        if self._taking == "choosing" and work.spec.method == "spiel-ag":
+        if work.spec.method == "spiel-ag":
             parts["gradients"] += formulas.candidates_bytes(count)
-        elif self._taking == "choosing":
+        else:
             parts["indices"] = work.indices_bytes
             if not work.quantised:
                 parts["values"] = formulas.replaced_bytes(count, work.setting.element_bytes)
@@ -83,7 +85,8 @@ class Pass:
             return Weight(dense, 0 if e == FP32_BYTES else master, master)
         buffered = work.is_function(name)
         phase = work.spec.method == "spiel-ag"
-        left = formulas.gradients_bytes(count) if self._first else 0
+        both = phase and buffered and self._taking == "gathering"
+        left = formulas.gradients_bytes(count * (2 if both else 1)) if self._first else 0
         reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e)
         if self._taking == "choosing":
             left += formulas.candidates_bytes(count) if phase else formulas.placed_bytes(count, e, bool(work.quantised))

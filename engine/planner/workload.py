@@ -121,6 +121,21 @@ class Workload:
         return formulas.optimizer_states_bytes((head,), "adamw" if name == "sm3" else name) if head else 0
 
     @property
+    def in_functions(self) -> int:
+        """Trained entries of layers that have a function of their own."""
+        return sum(count for name, count in self.active.items() if self.is_function(name))
+
+    @property
+    def joined(self) -> int:
+        """Entries whose gradient comes as one with that of as many candidates: of SpIEL-AG, in layers' functions."""
+        return self.in_functions if self.spec.method == "spiel-ag" else 0
+
+    @property
+    def gradients_bytes(self) -> int:
+        """The gradient of the values, with that of the candidates where it came as one, and of a head."""
+        return formulas.gradients_bytes(self.num_active + self.joined + self.shape.dense_numel)
+
+    @property
     def head_values_bytes(self) -> int:
         """A classifier's head as it was at first, which is kept, and the fp32 masters of a 16-bit one."""
         e, head = self.setting.element_bytes, self.shape.dense_numel

@@ -43,13 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recomputed": {"attention": "eager", "gradient_checkpointing": True, "micro_batch_size": 2, "chunked_loss": True},
     "adapters": {"method": "lora", "dtype": "float32", "micro_batch_size": 2},
 }
+GROWN: dict[str, Any] = {"gradient_checkpointing": True, "chunked_loss": True, "sequence_length": 128, "density": 0.1}
 
 
 def _errors(folder: Path, family: str, setting: str, **fields: Any) -> tuple[bool, float]:
     """Return whether a plan is said to be exact, and by what share its peak differs from the trace's."""
     AutoConfig.for_model(family, **CONFIG | OF_ITS_OWN.get(family, {})).save_pretrained(folder)
     values = {"dtype": "bfloat16", "sequence_length": 512, "gradient_accumulation": 1, "probe_interval": 0}
-    spec = RunSpec(model=str(folder), density=0.02, **{**values, **SETTINGS[setting], **fields})
+    spec = RunSpec(model=str(folder), **{"density": 0.02, **values, **SETTINGS[setting], **fields})
     plan = estimate(spec, read_shape(str(folder), task=spec.task), CARD)
     planned = plan.peak_bytes - plan.parts["workspace"] - plan.parts["context"]
     return plan.exact, planned / trace(spec, CARD, rounding=0).peak.total - 1
@@ -68,4 +69,11 @@ def test_the_closed_forms_are_within_1_percent_of_the_trace(family: str, setting
 def test_so_are_those_of_classifiers(family: str, setting: str, tmp_path: Path) -> None:
     exact, error = _errors(tmp_path, family, setting, task="classification")
     assert exact
+    assert abs(error) <= 0.01
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma"])
+def test_so_is_what_growing_takes(method: str, accumulation: int, tmp_path: Path) -> None:
+    _, error = _errors(tmp_path, "llama", "plain", method=method, gradient_accumulation=accumulation, **GROWN)
     assert abs(error) <= 0.01
