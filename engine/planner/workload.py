@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from engine.hardware import Device, selection_memory_bytes
@@ -120,7 +120,7 @@ class Workload:
         name, head = optimizer_of(self.spec), self.shape.dense_numel
         return formulas.optimizer_states_bytes((head,), "adamw" if name == "sm3" else name) if head else 0
 
-    @property
+    @cached_property
     def in_functions(self) -> int:
         """Trained entries of layers that have a function of their own."""
         return sum(count for name, count in self.active.items() if self.is_function(name))

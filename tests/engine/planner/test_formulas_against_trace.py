@@ -1,5 +1,6 @@
 """Closed forms against traces of the real model classes; `python -m benchmarks.planner_formulas` has more."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.planner.estimate import estimate
 from engine.planner.families import EXACT_FAMILIES
 from engine.planner.shape import read_shape
 from engine.planner.trace import trace
+from engine.planner.trace_worker import trace_spec
 from engine.spec import RunSpec
 from engine.units import GIB
 
@@ -77,3 +79,19 @@ def test_so_are_those_of_classifiers(family: str, setting: str, tmp_path: Path) 
 def test_so_is_what_growing_takes(method: str, accumulation: int, tmp_path: Path) -> None:
     _, error = _errors(tmp_path, "llama", "plain", method=method, gradient_accumulation=accumulation, **GROWN)
     assert abs(error) <= 0.01
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}, {"method": "spiel-ma"}])
+def test_what_is_reserved_is_within_5_percent_of_the_allocator(
+    fields: dict[str, Any], config_folder: Callable[..., str]
+) -> None:
+    folder = config_folder()
+    spec = RunSpec(
+        model=folder, sequence_length=1024, density=0.01, probe_interval=0, gradient_accumulation=1, **fields
+    )
+    plan, found = estimate(spec, read_shape(folder), CARD), trace_spec(spec, CARD)
+    for planned, replayed in (
+        (plan.reserved_bytes, found.reserved_bytes),
+        (plan.minimum_bytes, found.minimum_bytes),
+    ):
+        assert planned - plan.parts["workspace"] == pytest.approx(replayed, rel=0.05)
