@@ -2,12 +2,14 @@
 
 trace: the trace against the same count over a real step on the CPU, small models of several families.
 formulas: the closed forms against the trace, eleven families in sixteen settings each (`planner_formulas` says more).
+reserved: what the caching allocator takes for a step and the least limit under which it succeeds, against its replay.
 sift: Table 1 of arXiv:2312.11875, under the paper's accounting, and beside it the true peak of this program's step.
 spiel: Table 3 of arXiv:2401.16405, the least limit at which its code succeeds.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import warnings
@@ -22,7 +24,10 @@ from benchmarks import planner_formulas
 from benchmarks.published_spiel import cells, least_gib
 from engine.hardware import Device
 from engine.models import load_model
+from engine.planner.estimate import estimate
+from engine.planner.hub_files import config_path
 from engine.planner.ledger import add_up
+from engine.planner.shape import read_shape
 from engine.planner.trace import count_real, trace
 from engine.planner.trace_worker import trace_spec
 from engine.spec import RunSpec
@@ -57,6 +62,14 @@ SETTINGS: list[Row] = [
     {"method": "full"},
     {"method": "sift", "quantization": "nf4"},
     {"method": "lora", "quantization": "nf4"},
+]
+RESERVED: list[Row] = [
+    {"method": "sift"},
+    {"method": "sift", "gradient_checkpointing": True},
+    {"method": "spiel-ag", "gradient_checkpointing": True, "gradient_accumulation": 4},
+    {"method": "lora", "gradient_checkpointing": True},
+    {"method": "lora", "gradient_checkpointing": True, "quantization": "nf4"},
+    {"method": "sift", "gradient_checkpointing": True, "quantization": "nf4", "gradient_accumulation": 4},
 ]
 LLAMA_7B = {
     "hidden_size": 4096,
@@ -136,9 +149,35 @@ def formula_rows() -> Iterator[Row]:
             yield _row(name, "GiB", row["traced_bytes"] / GIB, row["planned_bytes"] / GIB)
 
 
+def reserved_rows() -> Iterator[Row]:
+    """Yield what the closed forms say is reserved, and the least limit, beside the replay of a trace; GiB."""
+    for model in ("huggyllama/llama-7b", "Qwen/Qwen3-8B"):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(config_path(model, None), Path(folder, "config.json"))
+            for length in (512, 2048):
+                for setting in RESERVED:
+                    yield from _reserved_rows(model, folder, {"sequence_length": length, **setting})
+
+
+def _reserved_rows(model: str, folder: str, fields: Row) -> Iterator[Row]:
+    spec = RunSpec(model=folder, density=0.01, probe_interval=0, **{"gradient_accumulation": 1, **fields})
+    plan, found = estimate(spec, read_shape(folder), CARD), trace_spec(spec, CARD)
+    words = [
+        model.split("/")[1],
+        str(spec.sequence_length),
+        spec.method,
+        *(["nf4"] if spec.quantization == "nf4" else []),
+    ]
+    name = " ".join(words) + (", GC" if spec.gradient_checkpointing else "")
+    around = plan.parts["workspace"]
+    yield _row(f"{name}, reserved", "GiB", found.reserved_bytes / GIB, (plan.reserved_bytes - around) / GIB)
+    yield _row(f"{name}, least", "GiB", found.minimum_bytes / GIB, (plan.minimum_bytes - around) / GIB)
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "trace": trace_rows,
     "formulas": formula_rows,
+    "reserved": reserved_rows,
     "sift": sift_rows,
     "spiel": spiel_rows,
 }
@@ -167,8 +206,8 @@ def main() -> None:
 def _line(row: Row) -> str:
     figures = f"{row['ours']:>14,.2f} {row['unit']}"
     if "known" in row:
-        return f"{row['name']:<36}{row['known']:>14,.2f}{figures}   ratio {row['ratio']:.4f}"
-    return f"{row['name']:<36}{'':>14}{figures}   {row.get('phase', '')}"
+        return f"{row['name']:<44}{row['known']:>14,.2f}{figures}   ratio {row['ratio']:.4f}"
+    return f"{row['name']:<44}{'':>14}{figures}   {row.get('phase', '')}"
 
 
 def _print_error(rows: list[Row]) -> None:

@@ -28,9 +28,6 @@ RESIDENT_MARGINS = (1.00, 1.01)
 # Process, CUDA context and library workspaces differ by machine, driver and build.
 SURROUNDINGS_MARGINS = (0.65, 1.35)
 MEASURED_MARGINS = (0.90, 1.10)  # where a probe measured them on this device
-# Of what comes and goes: the gaps that the caching allocator cannot use. Below the first a step has been seen to grow
-# its reserve; the least limit is lower, as the allocator gives cached blocks back before it gives up. First guesses.
-RESERVED_FRAGMENTS, MINIMUM_FRAGMENTS = 0.06, 0.02
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,9 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device, spec.num_processes)
     staying = sum(parts[name] for name in resident)
     lower, upper = _bounds(work, staying, moment.saved + moment.transient, device, sum(surroundings.values()))
-    allocated = peak - parts["context"]
+    allocated, trained = peak - parts["context"], staying - parts["parameters"]
+    least = formulas.minimum_bytes(allocated, moment.saved, moment.transient, trained)
+    upper = upper if work.on_cpu else max(upper, least + parts["context"])
     rows = spec.micro_batch_size * spec.gradient_accumulation * spec.num_processes
     return Plan(
         parts=parts,
@@ -132,10 +131,8 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         exact=shape.exact,
         note=_note(shape),
         parts_after_forward=after,
-        reserved_bytes=formulas.reserved_bytes(
-            allocated, moment.saved + moment.transient, fragments=RESERVED_FRAGMENTS
-        ),
-        minimum_bytes=formulas.reserved_bytes(allocated, moment.saved + moment.transient, fragments=MINIMUM_FRAGMENTS),
+        reserved_bytes=formulas.reserved_bytes(allocated, moment.transient, trained),
+        minimum_bytes=least,
         flops=step_flops(work),
         rows=rows,
         tokens=rows * spec.sequence_length,
@@ -178,13 +175,13 @@ def _note(shape: ModelShape) -> str:
 
 
 def _resident(work: Workload) -> dict[str, int]:
-    count, spec, head = work.num_active, work.spec, work.shape.dense_numel
+    count, spec = work.num_active, work.spec
     candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
     births = formulas.births_bytes(count) if spec.method == "spiel-ma" else 0
     return {
         "parameters": work.parameters_bytes,
         "values": work.values_bytes + work.head_values_bytes,
         "indices": work.indices_bytes,
-        "gradients": formulas.gradients_bytes(count + head) + candidates,
+        "gradients": work.gradients_bytes + candidates,
         "optimizer_states": births + (0 if work.offloaded else work.states_bytes) + work.head_states_bytes,
     }

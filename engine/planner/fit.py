@@ -71,7 +71,7 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
     for name in ("sequence_length", "density"):
         fitted = _raised(fitted, spec, name, shape, device)
     if "sequence_length" not in spec.model_fields_set:
-        if "chunked_loss" not in spec.model_fields_set:  # it costs nothing to speak of
+        if spec.task == "causal" and "chunked_loss" not in spec.model_fields_set:  # it costs nothing to speak of
             fitted = fitted.model_copy(update={"chunked_loss": True})
         longest = largest_length(fitted, shape, device)
         fitted = fitted.model_copy(update={"sequence_length": max(longest or 0, fitted.sequence_length)})

@@ -18,17 +18,21 @@ def run_moments(work: Workload) -> list[Moment]:
     if spec.method in BASELINES:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     # The gradients are dropped before the weights take the new values and entries are replaced.
-    dropped = {"gradients": formulas.gradients_bytes(work.num_active + work.shape.dense_numel)}
-    after = formulas.write_back_bytes(work.active, e)
-    if spec.method in SPIEL_METHODS:
-        together = spec.allocation == "global"  # replaced as one, or one by one
-        size = work.num_active if together else max(work.sizes)
-        after = max(after, formulas.replacing_bytes(size))
-    if spec.method == "spiel-ma":
-        growing = zip(work.sizes, (0, *work.sizes), strict=False)
-        after = max(after, *(formulas.growing_bytes(size, left) for size, left in growing))
+    dropped = {"gradients": work.gradients_bytes}
+    after = max(formulas.write_back_bytes(work.active, e), _replacing_bytes(work))
     steps = [Moment("optimizer step", 0, work.update_bytes, {}), Moment("optimizer step", 0, after, dropped)]
     return [*moments, *steps, *selection_moments(work)]
+
+
+def _replacing_bytes(work: Workload) -> int:
+    """Return what SpIEL's replacement takes: among all entries as one, or weight by weight in their order."""
+    if work.spec.method not in SPIEL_METHODS:
+        return 0
+    if work.spec.method == "spiel-ag":
+        together = work.spec.allocation == "global"
+        return formulas.replacing_bytes(work.num_active if together else max(work.sizes))
+    growing = zip(work.sizes, (0, *work.sizes), strict=False)
+    return max(formulas.growing_bytes(size, left) for size, left in growing)
 
 
 def after_forward_bytes(work: Workload) -> int:
@@ -58,10 +62,10 @@ def selection_moments(work: Workload) -> list[Moment]:
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
         steps = Pass(work, "gathering", work.summed_bytes).moments() if work.on_cpu else []
-        top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False) + together
-        steps.append(
-            Moment("selection", 0, top + (work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel), {})
-        )
+        own = formulas.candidates_bytes(count) if method == "spiel-ag" else 0  # not there before they are chosen
+        top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False, left=own) + together
+        top += work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel
+        steps.append(Moment("selection", 0, top, {"gradients": own}))
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded

@@ -64,10 +64,12 @@ class Pass:
         work, count = self._work, self._work.num_active
         if not self._first:
             return {}
+        if self._taking == "gathering":
+            return {"gradients": work.gradients_bytes}
         parts = {"gradients": formulas.gradients_bytes(count + work.shape.dense_numel)}
-        if self._taking == "choosing" and work.spec.method == "spiel-ag":
+        if work.spec.method == "spiel-ag":
             parts["gradients"] += formulas.candidates_bytes(count)
-        elif self._taking == "choosing":
+        else:
             parts["indices"] = work.indices_bytes
             parts["values"] = work.kept_bytes(count)
         return parts

@@ -142,6 +142,11 @@ class Workload:
         return formulas.optimizer_states_bytes((head,), "adamw" if name == "sm3" else name) if head else 0
 
     @property
+    def gradients_bytes(self) -> int:
+        """The gradient of the values, and of a head."""
+        return formulas.gradients_bytes(self.num_active + self.shape.dense_numel)
+
+    @property
     def head_values_bytes(self) -> int:
         """A classifier's head as it was at first, which is kept, and the fp32 masters of a 16-bit one."""
         e, head = self.setting.element_bytes, self.shape.dense_numel

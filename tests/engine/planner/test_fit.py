@@ -117,3 +117,10 @@ def test_fitting_takes_less_than_three_seconds(config_folder: Callable[..., str]
     for field in ("sequence_length", "micro_batch_size", "density", "model"):
         largest(field, fit.spec, shape, CARD)
     assert time.process_time() - started < 3
+
+
+def test_a_classification_is_not_given_a_loss_in_chunks() -> None:
+    spec = RunSpec(model="FacebookAI/roberta-large", task="classification", micro_batch_size=8)
+    fit = fit_spec(spec, read_shape(spec.model, task=spec.task), card_device("RTX 3060"))
+    assert fit.plan.verdict == "fits"
+    assert not fit.spec.chunked_loss

@@ -1,5 +1,6 @@
 """Closed forms against traces of the real model classes; `python -m benchmarks.planner_formulas` has more."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.planner.families import EXACT_FAMILIES
 from engine.planner.recompute import KNOWN_FAMILIES
 from engine.planner.shape import read_shape
 from engine.planner.trace import trace
+from engine.planner.trace_worker import trace_spec
 from engine.sparse.blockwise import quantize
 from engine.spec import RunSpec
 from engine.units import GIB
@@ -47,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compact": {"optimizer_states": "compact", "density": 0.1, "sequence_length": 64},
     "adapters": {"method": "lora", "dtype": "float32", "micro_batch_size": 2},
 }
+GROWN: dict[str, Any] = {"gradient_checkpointing": True, "chunked_loss": True, "sequence_length": 128, "density": 0.1}
 
 
 LEAN: dict[str, dict[str, Any]] = {
@@ -95,3 +98,26 @@ def test_so_are_those_of_classifiers(family: str, setting: str, tmp_path: Path) 
     exact, error = _errors(tmp_path, family, setting, task="classification")
     assert exact
     assert abs(error) <= 0.01
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["spiel-ag", "spiel-ma"])
+def test_so_is_what_growing_takes(method: str, accumulation: int, tmp_path: Path) -> None:
+    _, error = _errors(tmp_path, "llama", "plain", method=method, gradient_accumulation=accumulation, **GROWN)
+    assert abs(error) <= 0.01
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}, {"method": "spiel-ma"}])
+def test_what_is_reserved_is_within_5_percent_of_the_allocator(
+    fields: dict[str, Any], config_folder: Callable[..., str]
+) -> None:
+    folder = config_folder()
+    spec = RunSpec(
+        model=folder, sequence_length=1024, density=0.01, probe_interval=0, gradient_accumulation=1, **fields
+    )
+    plan, found = estimate(spec, read_shape(folder), CARD), trace_spec(spec, CARD)
+    for planned, replayed in (
+        (plan.reserved_bytes, found.reserved_bytes),
+        (plan.minimum_bytes, found.minimum_bytes),
+    ):
+        assert planned - plan.parts["workspace"] == pytest.approx(replayed, rel=0.05)
