@@ -3,11 +3,13 @@
 A model of 128 K words has 0.5 MiB of fp32 logits a token, and its loss holds three such tensors. Here the output layer
 and the loss are one function: for each chunk of tokens it makes the logits, their loss and at once their gradient, and
 keeps of it the gradient of the hidden states (Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2;
-without its kernels). Tokens whose label is ignored are left out before the first multiplication.
+by its kernels on a GPU where they are installed, else in plain torch). Tokens whose label is ignored are left out
+before the first multiplication.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -166,7 +168,34 @@ def chunked_causal_loss(
     # No name for the states of all tokens: once those that predict are taken, nobody needs them.
     states = partial(body, input_ids=input_ids, attention_mask=mask, use_cache=False)
     chosen = states().last_hidden_state.flatten(0, 1).index_select(0, to_device(tokens, device))
-    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        chosen, layer.weight, layer.bias, to_device(labels[places], device), layer
+    return summed_loss(layer, chosen, to_device(labels[places], device)) / labelled_tokens
+
+
+def summed_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor, *, kernels: bool | None = None) -> Tensor:
+    """Return the summed cross-entropy of `labels`, without the logits of all tokens.
+
+    Args:
+        layer: makes the logits.
+        hidden: (tokens, hidden).
+        labels: (tokens,) int64, none ignored.
+        kernels: take Liger-Kernel's, which makes the same loss in fewer passes; None: on a GPU where it is installed.
+    """
+    liger = liger_cross_entropy() if kernels or (kernels is None and hidden.is_cuda) else None
+    loss: Tensor
+    if liger is None or layer.cap is not None or layer.divisor != 1 or layer.factor != 1:  # compared without these
+        loss = ChunkedCrossEntropy.apply(hidden, layer.weight, layer.bias, labels, layer)  # type: ignore[no-untyped-call]
+        return loss
+    found = liger.apply(
+        hidden, layer.weight, labels, layer.bias, None, IGNORED, 0.0, 0.0, "sum", None, False, torch.float32
     )
-    return loss / labelled_tokens
+    loss = found[0] if isinstance(found, tuple) else found
+    return loss
+
+
+@lru_cache(maxsize=1)
+def liger_cross_entropy() -> Any:
+    """Return Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989), or None where it is not installed."""
+    try:
+        return import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    except (ImportError, AttributeError):
+        return None

@@ -1,5 +1,8 @@
 """The loss in chunks is the plain loss: value, gradients, every family that the planner takes for known."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -135,3 +138,29 @@ def test_a_layer_that_is_not_plain_takes_the_plain_loss() -> None:
 def test_a_chunk_holds_so_many_tokens(vocabulary: int, tokens: int) -> None:
     assert chunk_tokens(vocabulary) == tokens
     assert tokens == 1 or tokens * vocabulary <= CHUNK_ENTRIES
+
+
+IN_THE_INTERPRETER = """
+import torch
+from engine.chunked_loss import OutputLayer, liger_cross_entropy, summed_loss
+
+assert liger_cross_entropy() is not None
+hidden, weight = torch.randn(16, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+labels = torch.randint(0, 64, (16,))
+found = []
+for kernels in (False, True):
+    loss = summed_loss(OutputLayer(weight, None, None, 1.0, 1.0), hidden, labels, kernels=kernels)
+    found.append((loss, *torch.autograd.grad(2 * loss, (hidden, weight))))
+for plain, fused in zip(*found, strict=True):
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_kernels_of_liger_give_the_same_loss_and_gradients() -> None:
+    """They run on the CPU by Triton's interpreter, in a process of its own: it is chosen when they are imported."""
+    pytest.importorskip("liger_kernel", reason="Liger-Kernel is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", IN_THE_INTERPRETER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
