@@ -76,11 +76,6 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             f"recompute must be nothing, blocks or auto for {spec.method}, whose layers are the library's own, got "
             f"{spec.recompute!r}. Use recompute=blocks, or a sparse method."
         )
-    if spec.structure != "free" and spec.allocation == "global":
-        problems["structure"] = (
-            "structure must be free with allocation=global, which ranks single entries over all weights, got "
-            f"{spec.structure!r}. Use structure=free, or allocation=uniform."
-        )
     problems |= _process_problems(spec)
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (
