@@ -11,7 +11,7 @@ from pathlib import Path
 from engine import runs, workers
 from engine.analysis.command import add_commands
 from engine.errors import EngineError
-from engine.hardware import resolve_device
+from engine.hardware import list_gpus, resolve_device
 from engine.plan_text import print_fit, print_plan
 from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--detach", action="store_true", help="start the run and return at once")
     plan = add("plan", _plan, "Say what a spec will need, without running it.")
     plan.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
-    plan.add_argument("--card", metavar="NAME", help='plan for a card that is not here: "RTX 4090 24 GB"')
+    plan.add_argument(
+        "--card", metavar="NAME", help='plan for a card that is not here: "RTX 4090 24 GB", or any of "24 GiB"'
+    )
     plan.add_argument("--fit", action="store_true", help="print the largest spec that fits, as YAML, and its plan")
     plan.add_argument(
         "--largest", choices=LARGEST_FIELDS, help="print the spec with the largest of this field that fits"
@@ -126,13 +128,21 @@ def _train(options: argparse.Namespace) -> int:
     return 0 if status.state == "finished" else 1
 
 
+def _absent_card(spec: RunSpec) -> str | None:
+    """Return a card of the size of the budget, where a GPU is asked for on a computer without one."""
+    if not spec.device.startswith("cuda") or spec.budget_gib is None or list_gpus():
+        return None
+    return f"{spec.budget_gib:g} GiB"
+
+
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
+    card = options.card or _absent_card(spec)
     if options.fit or options.largest:
-        return print_fit(spec, options.card, options.largest, as_json=options.json)
-    plan = make_plan(spec, card=options.card)
-    if not plan.exact and trace_once(spec, plan_device(spec, options.card)):
-        plan = make_plan(spec, card=options.card)
+        return print_fit(spec, card, options.largest, as_json=options.json)
+    plan = make_plan(spec, card=card)
+    if not plan.exact and trace_once(spec, plan_device(spec, card)):
+        plan = make_plan(spec, card=card)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:

@@ -1,5 +1,6 @@
 """Cards to plan for that are not in this computer."""
 
+import re
 from dataclasses import dataclass
 
 from engine.errors import DeviceError
@@ -56,18 +57,25 @@ CARDS: tuple[Card, ...] = (
 )
 
 
+_ANY = re.compile(r"(\d+(?:\.\d+)?) *GiB", re.IGNORECASE)
+
+
 def find_card(name: str) -> Card:
     """Return the card that `name` means: its name, or words that only one card's name has; case is the same.
+
+    "24 GiB" is any card that lets a run have as much.
 
     Raises:
         DeviceError: there is none, or several.
     """
+    if (sized := _ANY.fullmatch(name.strip())) and float(sized[1]) > 0:
+        return Card(f"A card of {sized[1]} GiB", float(sized[1]), sm=0, screen=False)
     words = name.lower().replace("gb", " gb").split()
     found = [card for card in CARDS if card.name.lower() == name.strip().lower()]
     found = found or [card for card in CARDS if words and all(word in card.name.lower().split() for word in words)]
     if len(found) != 1:
         names = ", ".join(card.name for card in found or CARDS)
-        raise DeviceError(f"card must be one of {names}, got {name!r}. Give its whole name.")
+        raise DeviceError(f"card must be one of {names}, got {name!r}. Give its whole name, or memory as in '24 GiB'.")
     return found[0]
 
 

@@ -149,3 +149,13 @@ def test_real_pretrained_model_learns_from_real_data(shared: Path, dataset: str)
     assert status == 0, said
     assert report["evaluation_loss"]["tuned"] < report["evaluation_loss"]["base"] - 0.3
     assert report["exact_match"] == {"base": None, "tuned": None}
+
+
+def test_plan_for_a_gpu_that_is_not_here_takes_the_budget_for_its_memory(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.__main__.list_gpus", list)
+    asked = ["plan", "--json", "--set", f"model={model_folder}", "--set", "device=cuda", "--set", "budget_gib=22.5"]
+    assert main(asked) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["device"], plan["budget_bytes"]) == ("A card of 22.5 GiB", 22.5 * 2**30)

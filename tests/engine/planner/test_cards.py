@@ -55,3 +55,10 @@ def test_old_cards_have_no_flash_and_small_workspaces(config_folder: Callable[..
     assert choose_kernel(shape, "sdpa", 2, 1, 512, on_cpu=False, sm=80) == "flash"
     assert formulas.workspace_bytes(False, card_device("RTX 4090 24 GB").sm) == 2 * 8.125 * MIB
     assert formulas.workspace_bytes(False, card_device("H100").sm) == formulas.workspace_bytes(False) == 64 * MIB
+
+
+def test_a_card_of_a_size_is_any_that_has_as_much() -> None:
+    card = card_device("24 GiB")
+    assert (card.total_bytes, card.free_bytes, card.is_cpu) == (24 * GIB, 24 * GIB, False)
+    with pytest.raises(DeviceError, match="got '0 GiB'"):
+        card_device("0 GiB")
