@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spiel-ag, 8 bit": {"method": "spiel-ag", "optimizer_states": "8bit"},
     "sift": {"method": "sift"},
     "sift, 8 bit": {"method": "sift", "optimizer_states": "8bit"},
+    "sift, compact": {"method": "sift", "optimizer_states": "compact"},
 }
 
 
