@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -141,8 +142,9 @@ def _plan(options: argparse.Namespace) -> int:
     if options.fit or options.largest:
         return print_fit(spec, card, options.largest, as_json=options.json)
     plan = make_plan(spec, card=card)
-    if not plan.exact and trace_once(spec, plan_device(spec, card)):
-        plan = make_plan(spec, card=card)
+    if not plan.exact:
+        failure = trace_once(plan.settle(spec), plan_device(spec, card))
+        plan = replace(plan, note=f"{plan.note} {failure}") if failure else make_plan(plan.settle(spec), card=card)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:

@@ -7,7 +7,7 @@ from engine.errors import BudgetError
 from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit, fit_spec, largest
-from engine.planner.plan import Plan, plan_device, plan_table, with_time
+from engine.planner.plan import Plan, fit_sentence, plan_device, plan_table, with_time
 from engine.planner.shape import ModelShape, read_shape
 from engine.spec import RunSpec, about
 from engine.spec_io import dump_spec
@@ -21,23 +21,21 @@ def print_plan(plan: Plan) -> None:
     print(f"{'Peak':<28}{format_bytes(plan.peak_bytes):>12}   in the {plan.phase}")
     print(f"{'Between':<28}{format_bytes(plan.lower_bytes):>12}   and {format_bytes(plan.upper_bytes)}")
     print(f"{'Reserved':<28}{format_bytes(plan.reserved_bytes):>12}   at least {format_bytes(plan.minimum_bytes)}")
+    if plan.host_bytes:
+        print(f"{'Main memory beside it':<28}{format_bytes(plan.host_bytes):>12}")
     print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
-    if plan.recompute != "nothing":
-        print(f"{'Recomputed':<28}{recompute_words(plan)}")
+    if plan.recomputed:
+        print(f"{'Recomputed':<28}{plan.recomputed}")
     print(time_line(plan))
     if line := exchange_line(plan):
         print(line)
     if plan.note:
         print(plan.note)
     for remedy in plan.remedies:
-        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}; {remedy.cost}")
-
-
-def recompute_words(plan: Plan) -> str:
-    """Return what the backward makes again."""
-    count = "all" if plan.recompute_blocks is None else f"the first {plan.recompute_blocks}"
-    more = {"mlp": f", gate and up in {count} blocks", "blocks": f", gate and up, {count} blocks as a whole"}
-    return f"norm outputs, activation products{more.get(plan.recompute, '')}"
+        enough = "" if plan.peak_bytes - remedy.saved_bytes > plan.budget_bytes else "; enough"
+        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}{enough}; {remedy.cost}")
+    if plan.verdict == "does not fit":
+        print(fit_sentence(plan))
 
 
 def time_line(plan: Plan) -> str:

@@ -15,16 +15,21 @@ from engine.spec import RunSpec
 from engine.workers import STOP_TIMEOUT_S
 
 
-def trace_once(spec: RunSpec, device: Device) -> bool:
-    """Trace `spec` in a process that ends with it; return whether that could be done, and the plan reads it."""
+def trace_once(spec: RunSpec, device: Device) -> str:
+    """Trace `spec` in a process that ends with it, for the plan to read; return why that could not be done, or nothing.
+
+    Args:
+        spec: as `Plan.settle` gives it.
+        device: to plan for.
+    """
     tracer = Tracer()
     try:
         tracer.trace(spec, device)
-    except EngineError:
-        return False
+    except EngineError as error:
+        return str(error)
     finally:
         tracer.close()
-    return True
+    return ""
 
 
 class Tracer:

@@ -5,7 +5,6 @@ from html import escape
 from typing import Any
 
 from engine.events import RunState, Sample
-from engine.plan_text import recompute_words
 from engine.planner.plan import Plan
 from engine.units import GIB, MIB, format_bytes, format_duration
 
@@ -116,8 +115,8 @@ def _peak_words(plan: Plan) -> str:
     words = [f"The peak is in the {plan.phase}, on {plan.device}."]
     if plan.host_bytes:
         words.append(f"Choosing the entries needs {format_bytes(plan.host_bytes)} of main memory beside it.")
-    if plan.recompute != "nothing":
-        words.append(f"Made again in the backward: {recompute_words(plan)}.")
+    if plan.recomputed:
+        words.append(f"Made again in the backward: {plan.recomputed}.")
     if plan.exchanged_bytes:
         words.append(
             f"A step has {plan.rows:,} rows; each process exchanges {format_bytes(plan.exchanged_bytes)} in it."

@@ -46,7 +46,8 @@ class Plan:
 
     `parts_after_forward`: the same names at the end of a forward, the logits dropped. `reserved_bytes`: what the
     allocator takes from the device at the peak, and `minimum_bytes` the least limit on it under which a step succeeds;
-    both without `context`. `recompute` and `recompute_blocks`: as in the spec, or what its auto comes to. `flops`:
+    both without `context`. `recompute` and `recompute_blocks`: as in the spec, or what its auto comes to;
+    `recomputed` says in words what of a model's blocks that is. `flops`:
     operations of one optimizer step, over `rows` rows of `tokens` tokens together. `step_s` and `run_s`: seconds, where
     `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the selection, or
     states and inputs kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
@@ -77,6 +78,7 @@ class Plan:
     tokens: int
     recompute: str
     recompute_blocks: int | None
+    recomputed: str
     exchanged_bytes: int
     step_s: float | None = None
     run_s: float | None = None
@@ -139,6 +141,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         exchanged_bytes=work.exchanged_bytes,
         recompute=spec.recompute,
         recompute_blocks=spec.recompute_blocks,
+        recomputed=recompute.words(work.kept),
     )
 
 

@@ -61,7 +61,11 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
         if found is not None and found[2].peak_bytes < plan.peak_bytes:
             steps, plan = [*steps, found[:2]], found[2]
     if plan.verdict == "does not fit":
-        raise BudgetError("No change of its settings makes this run fit. Choose a smaller model, or raise budget_gib.")
+        shared = spec.num_processes > 1 and device.is_cpu
+        raise BudgetError(
+            "No change of its settings makes this run fit. Choose a smaller model, or raise budget_gib"
+            f"{', or lower num_processes, which share main memory' if shared else ''}."
+        )
     aim = plan.verdict
     for step in reversed(steps[:-1]):
         rest = [each for each in steps if each is not step]

@@ -113,13 +113,16 @@ def require_fit(plan: Plan) -> None:
 def fit_sentence(plan: Plan) -> str:
     """Return need, budget and the best remedies in words."""
     need = f"This run needs about {format_bytes(plan.peak_bytes)} and the budget is {format_bytes(plan.budget_bytes)}"
+    where = f"That is on {plan.device}."
+    if plan.exchanged_bytes and plan.device.endswith("CPU"):
+        where = "The processes share main memory: lower num_processes."
     enough = [remedy for remedy in plan.remedies if plan.peak_bytes - remedy.saved_bytes <= plan.budget_bytes]
     if not enough:
-        return f"{need}; no change of its settings makes it fit. Choose a smaller model, or raise budget_gib."
+        return f"{need}; no change of its settings makes it fit. Choose a smaller model, or raise budget_gib. {where}"
     words = " or ".join(
         f"{remedy.title} (saves {format_bytes(remedy.saved_bytes)})" for remedy in enough[:_REMEDIES_IN_SENTENCE]
     )
-    return f"{need}: {words}, or raise budget_gib."
+    return f"{need}: {words}, or raise budget_gib. {where}"
 
 
 def plan_table(plan: Plan) -> list[tuple[str, int]]:

@@ -11,7 +11,7 @@ The first blocks are those whose backward comes last, when all that the others k
 it costs fewer multiplications a byte: 2 d f for 2 f numbers, against 4 d^2 + 3 d f and the attention for 5 d + 2 f.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,16 @@ def kept_by_block(spec: RunSpec, family: str, blocks: int) -> tuple[Kept, ...]:
         Kept(lean, not lean or layer < checkpointed or layer >= recomputed, layer >= checkpointed)
         for layer in range(blocks)
     )
+
+
+def words(kept: Sequence[Kept]) -> str:
+    """Return what the backward makes again; empty where that is nothing."""
+    gates = sum(not each.gates for each in kept)
+    blocks = sum(not each.inside for each in kept)
+    found = ["norm outputs, activation products"] if any(each.lean for each in kept) else []
+    found += [f"gate and up in {gates} of {len(kept)} blocks"] if gates else []
+    found += [f"{blocks} of {len(kept)} blocks as a whole"] if blocks else []
+    return ", ".join(found)
 
 
 def choices(spec: RunSpec, family: str, blocks: int) -> Iterator[tuple[Recompute, int | None]]:

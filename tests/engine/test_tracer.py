@@ -82,7 +82,7 @@ def test_the_plan_of_an_unknown_family_reads_its_trace(spec: RunSpec) -> None:
     small = spec.model_copy(update={"device": "cpu"})
     guessed = make_plan(small)
     assert not guessed.exact
-    assert trace_once(small, plan_device(small))
+    assert not trace_once(small, plan_device(small))
     plan = make_plan(small)
     assert "trace" in plan.note
     assert sum(plan.parts.values()) == plan.peak_bytes
@@ -92,4 +92,4 @@ def test_the_plan_of_an_unknown_family_reads_its_trace(spec: RunSpec) -> None:
 
 
 def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
-    assert not trace_once(spec.model_copy(update={"targets": ("nothing_like_it",)}), CARD)
+    assert "nothing_like_it" in trace_once(spec.model_copy(update={"targets": ("nothing_like_it",)}), CARD)

@@ -132,6 +132,12 @@ def test_what_does_not_fit_is_refused_with_remedies(config_folder: Callable[...,
         require_fit(plan)
 
 
+def test_processes_that_share_main_memory_are_named(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder(), device="cpu", budget_gib=4, num_processes=2))
+    with pytest.raises(BudgetError, match="share main memory: lower num_processes"):
+        require_fit(plan)
+
+
 def test_what_cannot_be_made_to_fit_is_said(config_folder: Callable[..., str]) -> None:
     plan = make_plan(_spec(config_folder(), device="cpu", budget_gib=4))
     with pytest.raises(BudgetError, match="no change of its settings makes it fit"):

@@ -100,3 +100,18 @@ def test_inputs_in_main_memory_are_counted_there(level: dict[str, Any], tmp_path
 def test_the_layers_of_an_adapter_are_its_own() -> None:
     with pytest.raises(InvalidSpecError, match=r"recompute must be nothing, blocks or auto for lora.*got 'mlp'"):
         parse_spec({"model": "demo", "method": "lora", "recompute": "mlp"})
+
+
+def test_the_plan_says_what_is_recomputed_and_nothing_else(config_folder: Callable[..., str]) -> None:
+    folder = config_folder()
+    shape = read_shape(folder)
+
+    def said(**fields: Any) -> str:
+        return estimate(_spec(folder, **fields), shape, CARD).recomputed
+
+    assert said() == ""
+    layers = shape.layers
+    assert said(recompute="mlp", recompute_blocks=99) == (
+        f"norm outputs, activation products, gate and up in {layers} of {layers} blocks"
+    )
+    assert said(method="lora", recompute="blocks", recompute_blocks=2) == f"2 of {layers} blocks as a whole"
