@@ -59,7 +59,7 @@ def _build_header(app: gr.Blocks, context: AppContext) -> None:
 def _wire(app: gr.Blocks, tabs: gr.Tabs, setup: SetupTab, train: TrainTab, chat: ChatTab, past: RunsTab) -> None:
     app.load(lambda: train.show(None, {}), None, train.outputs, **_QUIET)
     train.tab.select(train.show, [train.run_id, train.seen], train.outputs, **_QUIET)
-    chat.tab.select(chat.refresh, chat.run_id, chat.outputs, **_QUIET)
+    chat.tab.select(lambda shown: chat.show(shown, shown), chat.run_id, chat.outputs, **_QUIET)
     past.tab.select(past.show, [past.chosen, past.page], past.outputs, **_QUIET)
 
     def open_train(run_id: str | None, page: dict[str, Any]) -> list[Any]:
@@ -71,11 +71,12 @@ def _wire(app: gr.Blocks, tabs: gr.Tabs, setup: SetupTab, train: TrainTab, chat:
     def open_chosen(ids: list[str] | None, page: dict[str, Any]) -> list[Any]:
         return open_train(next(iter(past.settle(ids)), None), page)
 
-    def open_chat(ids: list[str] | None) -> list[Any]:
-        return [gr.update(selected="chat"), *chat.refresh(next(iter(past.settle(ids)), None))]
+    def open_chat(ids: list[str] | None, shown: str | None) -> list[Any]:
+        return [gr.update(selected="chat"), *chat.show(next(iter(past.settle(ids)), None), shown)]
 
     to_train = [tabs, *train.outputs]
     setup.started.change(open_train, [setup.started, train.seen], to_train, **_QUIET)
     past.resumed.change(open_resumed, [past.resumed, train.seen], to_train, **_QUIET)
     past.open_train.click(open_chosen, [past.chosen, train.seen], to_train, **_QUIET)
-    past.open_chat.click(open_chat, past.chosen, [tabs, *chat.outputs], **_QUIET)
+    to_chat = [tabs, *chat.outputs]
+    past.open_chat.click(open_chat, [past.chosen, chat.run_id], to_chat, cancels=chat.answering, **_QUIET)

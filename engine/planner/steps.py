@@ -6,6 +6,7 @@ backward, while the gradients of what is trained come up and activations go.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from engine.planner import activations, formulas, output_layer
@@ -54,7 +55,8 @@ class Pass:
         """
         self._work, self._taking, self._extra = work, taking, extra
         self._first = taking == "choosing" or work.spec.gradient_accumulation == 1
-        self._weights = {name: self._weight(name) for name in work.numels} if not work.adapted else {}
+        self._taken = _taken(_Basis(work, taking, self._first))
+        self._weights = self._taken.trained
         self._coming = self._coming_parts()
         self._head = self._head_segment()
         self._segments = self._blocks()
@@ -74,53 +76,24 @@ class Pass:
             parts["values"] = work.kept_bytes(count)
         return parts
 
-    def _weight(self, name: str) -> Weight:
-        """Return what the gradient of a target takes and leaves."""
-        work, numel, count = self._work, self._work.numels[name], self._work.active[name]
-        e = work.setting.element_bytes
-        dense = formulas.dense_gradient_bytes(numel, e)
-        if work.spec.method == "full":
-            master = FP32_BYTES * numel if self._first else 0
-            return Weight(dense, 0 if e == FP32_BYTES else master, master)
-        buffered = work.is_function(name)
-        phase = work.spec.method == "spiel-ag"
-        left = formulas.gradients_bytes(count) if self._first else 0
-        reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e, by_rows=work.compact)
-        if self._taking == "choosing":
-            left += formulas.candidates_bytes(count) if phase else work.placed_bytes(name)
-            reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
-            return Weight(dense, reading, left, buffered)
-        if work.spec.probe_interval:
-            reading = max(reading, formulas.probe_bytes(numel, e))
-        return Weight(dense, reading + left, left, buffered)
-
-    def _linear(self, name: str) -> LinearWeight:
-        work = self._work
-        numel = work.quantised.get(name, 0)
-        adapter = None
-        if work.adapted and name in work.numels:
-            adapter = adapter_of(work.spec, name, work.shape.tensors[name], self._first)
-        e = work.setting.element_bytes
-        adding = formulas.adding_bytes(work.active.get(name, 0), e, by_rows=work.compact)
-        return LinearWeight(numel, bool(numel), self._weights.get(name), adapter, adding)
-
     def _blocks(self) -> list[Segment]:
         """Return the blocks that a gradient reaches, from the last to the first."""
         work, segments = self._work, []
+        known: dict[tuple[object, ...], Segment] = {}  # by identity of the weights: cheaper than their hash
         buffer = 0 if self._head is None else self._head.backward.buffer
         for layer in range(work.shape.layers - 1, work.lowest - 1, -1):
-            names = work.shape.blocks[layer]
-            weights: Weights = tuple((inside, self._linear(name)) for inside, name in names.items())
+            weights, kernel, kept = self._taken.blocks[layer], work.kernels[layer], work.kept[layer]
             entered = layer > work.lowest or work.enters_blocks
-            kept = work.kept[layer]
-            found = block_segment(work.shape, work.setting, work.kernels[layer], weights, kept, entered, buffer)
-            buffer = found.backward.buffer
-            segments.append(found)
+            like = (id(weights), kernel, kept, entered, buffer)
+            if like not in known:
+                known[like] = block_segment(work.shape, work.setting, kernel, weights, kept, entered, buffer)
+            buffer = known[like].backward.buffer
+            segments.append(known[like])
         return segments
 
     def _head_segment(self) -> Segment | None:
         work = self._work
-        trained = {name: weight for name, weight in self._weights.items() if layer_number(name) is None}
+        trained = self._taken.outside
         if work.shape.layout.label_head:
             pooler = tuple(
                 ("pooler", LinearWeight(0, trained=each)) for name, each in trained.items() if is_pooler(name)
@@ -239,8 +212,7 @@ class Pass:
         """Return what the trained weights of a block leave, biases and others that no operation names included."""
         if self._work.adapted:
             return self._segments[self._work.shape.layers - 1 - layer].backward.staying
-        names = self._work.shape.blocks[layer].values()
-        return sum(self._weights[name].staying for name in names if name in self._weights)
+        return self._taken.left[layer]
 
     def _embedding(self, walk: "_Walk") -> None:
         """The embedding's dense gradient; a tied output layer's is summed into it, out of place."""
@@ -254,6 +226,87 @@ class Pass:
                 walk.at("backward of the embedding", walk.moving + max(weight.dense + sorting, weight.dense + tied))
                 walk.at("backward of the embedding", walk.moving - tied + weight.dense + weight.reading)
                 walk.stay(weight.staying)
+
+
+class _Basis:
+    """What the weights of a pass depend on: not on the micro-batch, the budget or what is recomputed.
+
+    A search asks for hundreds of plans that differ in those alone. `work`: one workload of many.
+    """
+
+    def __init__(self, work: Workload, taking: Taking, first: bool) -> None:
+        self.work, self.taking, self.first = work, taking, first
+        spec = work.spec
+        trained = (spec.method, spec.targets, spec.density, spec.num_trainable, spec.lora_rank)
+        kept = (work.setting.element_bytes, spec.quantization, spec.optimizer_states, spec.chunked_loss)
+        self._key = (work.shape, trained, kept, bool(spec.probe_interval), taking, first)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Basis) and self._key == other._key
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What the weights of a model take and leave.
+
+    `trained`: of each target that is no adapter's. `outside`: of those outside the blocks. `blocks`: the weights of
+    each block. `left`: what each block leaves, biases and others that no operation names included.
+    """
+
+    trained: Mapping[str, Weight]
+    outside: Mapping[str, Weight]
+    blocks: tuple[Weights, ...]
+    left: tuple[int, ...]
+
+
+@lru_cache(maxsize=16)
+def _taken(basis: _Basis) -> _Taken:
+    work, first = basis.work, basis.first
+    names = () if work.adapted else work.numels
+    trained = {name: _weight(work, name, basis.taking, first) for name in names}
+    blocks = [
+        tuple((inside, _linear(work, name, trained.get(name), first)) for inside, name in block.items())
+        for block in work.shape.blocks
+    ]
+    alike: dict[Weights, Weights] = {}  # one object for all blocks that are alike
+    blocks = [alike.setdefault(block, block) for block in blocks]
+    left = [sum(trained[name].staying for name in block.values() if name in trained) for block in work.shape.blocks]
+    outside = {name: weight for name, weight in trained.items() if layer_number(name) is None}
+    return _Taken(trained, outside, tuple(blocks), tuple(left))
+
+
+def _weight(work: Workload, name: str, taking: Taking, first: bool) -> Weight:
+    """Return what the gradient of a target takes and leaves."""
+    numel, count = work.numels[name], work.active[name]
+    e = work.setting.element_bytes
+    dense = formulas.dense_gradient_bytes(numel, e)
+    if work.spec.method == "full":
+        master = FP32_BYTES * numel if first else 0
+        return Weight(dense, 0 if e == FP32_BYTES else master, master)
+    buffered = work.is_function(name)
+    phase = work.spec.method == "spiel-ag"
+    left = formulas.gradients_bytes(count) if first else 0
+    reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e, by_rows=work.compact)
+    if taking == "choosing":
+        left += formulas.candidates_bytes(count) if phase else work.placed_bytes(name)
+        reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
+        return Weight(dense, reading, left, buffered)
+    if work.spec.probe_interval:
+        reading = max(reading, formulas.probe_bytes(numel, e))
+    return Weight(dense, reading + left, left, buffered)
+
+
+def _linear(work: Workload, name: str, trained: Weight | None, first: bool) -> LinearWeight:
+    numel = work.quantised.get(name, 0)
+    adapter = None
+    if work.adapted and name in work.numels:
+        adapter = adapter_of(work.spec, name, work.shape.tensors[name], first)
+    e = work.setting.element_bytes
+    adding = formulas.adding_bytes(work.active.get(name, 0), e, by_rows=work.compact)
+    return LinearWeight(numel, bool(numel), trained, adapter, adding)
 
 
 class _Walk:

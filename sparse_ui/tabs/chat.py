@@ -1,6 +1,6 @@
 """Chat: one question, two answers, of the base model and of the tuned one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,25 @@ LABELS_HINT = (
     f"This run labels texts: send one, or two with {PAIR_SEPARATOR} between them. The tuned model says how likely each "
     "label is; the base has no trained head to say it with."
 )
+NO_RESULT = "No run has a result yet. Train one first."
 PLACEHOLDERS = {"Base": "Answers first, without the trained values.", "Tuned": "Answers the same question after it."}
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ChatTab:
-    """What the layout wires to other tabs. `refresh` fills `outputs` from a run's id, or None for the newest."""
+    """What the layout wires to other tabs.
+
+    Attributes:
+        show: fills `outputs` from the run to show (None: the newest) and the one that `run_id` shows now.
+        answering: the events that answer, for what must end them.
+    """
 
     tab: gr.Tab
     run_id: gr.Dropdown
     outputs: list[Any]
-    refresh: Any
+    show: Callable[[str | None, str | None], list[Any]]
+    answering: list[Any]
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,22 @@ def build_chat_tab(context: AppContext) -> ChatTab:
     """Build the tab."""
     with gr.Tab("Chat", id="chat") as tab, gr.Row(elem_id="chat-grid", elem_classes="st-grid"):
         widgets = _draw()
-    _wire(context, widgets)
+    answering = _wire(context, widgets)
 
     @guarded("listing the results")
-    def refresh(chosen: str | None) -> list[Any]:
+    def show(wanted: str | None, shown: str | None) -> list[Any]:
         ids = [run.id for run in ready_runs(context)]
-        value = chosen if chosen in ids else next(iter(ids), None)
-        none_yet = cards.callout(["No run has a result yet. Train one first."], "note")
-        hint = _labels_hint(context, value) if ids else none_yet
-        return [gr.update(choices=ids, value=value), *_example_updates(context, value), hint]
+        value = wanted if wanted in ids else next(iter(ids), None)
+        box = gr.update(choices=ids, value=value)
+        if value is not None and shown in (None, value):  # what was asked meanwhile was asked of this very run
+            hint = gr.skip() if shown == value else _labels_hint(context, value)
+            return [box, gr.skip(), gr.skip(), hint, *_example_updates(context, value)]
+        context.chat.close_unless(value)
+        none_yet = cards.callout([NO_RESULT], "note")
+        return [box, [], [], _labels_hint(context, value) if ids else none_yet, *_example_updates(context, value)]
 
-    return ChatTab(tab, widgets.run_id, [widgets.run_id, *widgets.examples, widgets.said], refresh)
+    outputs = [widgets.run_id, widgets.base, widgets.tuned, widgets.said, *widgets.examples]
+    return ChatTab(tab, widgets.run_id, outputs, show, answering)
 
 
 def _draw() -> _Widgets:
@@ -88,7 +100,8 @@ def _draw() -> _Widgets:
     return _Widgets(base, tuned, box, send, said, run_id, tokens, warmth, examples, halt, clear)
 
 
-def _wire(context: AppContext, widgets: _Widgets) -> None:
+def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
+    """Wire the tab; return the events that answer."""
     base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
 
     def answer(
@@ -110,7 +123,9 @@ def _wire(context: AppContext, widgets: _Widgets) -> None:
         events.append(example.click(lambda words: words, example, widgets.box, **quiet).then(**sent))
     widgets.halt.click(lambda: "", None, said, cancels=events, **quiet)
     widgets.clear.click(lambda: ([], [], ""), None, [base, tuned, said], cancels=events, **quiet)
-    run_id.change(change_run, run_id, [base, tuned, said, *widgets.examples], cancels=events, **quiet)
+    # By hand alone: filling the list as the tab opens must not end the answer to a question sent meanwhile.
+    run_id.input(change_run, run_id, [base, tuned, said, *widgets.examples], cancels=events, **quiet)
+    return events
 
 
 def ready_runs(context: AppContext) -> list[Run]:
@@ -158,14 +173,11 @@ def _answer(
     left: Messages,
     right: Messages,
 ) -> Iterator[Any]:
-    run = context.find_run(run_id)
+    # A question sent before the list of results is there is asked of the one that it will show.
+    run = context.find_run(run_id) if run_id else next(iter(ready_runs(context)), None)
     if run is None or not text.strip():
-        yield (
-            gr.skip(),
-            gr.skip(),
-            gr.skip(),
-            "" if run else cards.callout(["Choose a run with a result first."], "note"),
-        )
+        missing = "That run is gone. Choose another one." if run_id else NO_RESULT
+        yield gr.skip(), gr.skip(), gr.skip(), "" if run else cards.callout([missing], "note")
         return
     question = {"role": "user", "content": text.strip()}
     sides: dict[Side, Messages] = {"base": [*left, question], "tuned": [*right, question]}

@@ -29,6 +29,13 @@ _UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".
 _TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
 _TO_POWER = "(density) => density > 0 ? Math.max(-5, Math.min(0, Math.log10(density))) : -5"
 _SAME = "(value) => value"
+# Gradio tells a change that waited for an answer once more when it comes: what is of these very values stays.
+_CLEAR = """(...values) => {
+  const now = JSON.stringify(values), same = window.stLastForm === now, update = {__type__: "update"};
+  window.stLastForm = now;
+  return same ? [update, update, update] : ["", "", {...update, visible: false}];
+}"""
+SET_ALONE = ("dataset", "density", "budget_gib")  # by an upload, by a slider
 OWN_FIELDS = tuple(name for name in RunSpec.model_fields if about(name).methods)
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
@@ -87,15 +94,16 @@ def build_setup_tab(context: AppContext, widgets: dict[str, Any], load: Callable
             measure = _draw_accordions(widgets)
         card = _draw_plan()
         started = gr.State(None)
-    _wire_form(context, main, widgets, load)
+    filled = _wire_form(context, main, widgets, load)
     wire_measure(context, measure, widgets["device"])
-    _wire_plan(str(context.settings.runs_root), main, card, fields, measure.measured)
+    _wire_plan(str(context.settings.runs_root), main, card, widgets, measure.measured, filled)
     answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
     card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
     return SetupTab(tab, main.dataset_facts, started)
 
 
-def _wire_form(context: AppContext, main: _Main, widgets: dict[str, Any], load: Callable[..., Any]) -> None:
+def _wire_form(context: AppContext, main: _Main, widgets: dict[str, Any], load: Callable[..., Any]) -> list[Any]:
+    """Wire what fills the form; return the events that fill all of it."""
     fields = [widgets[name] for name in form.WIDGETS]
 
     @guarded("loading the preset")
@@ -110,13 +118,16 @@ def _wire_form(context: AppContext, main: _Main, widgets: dict[str, Any], load: 
     def keep(path: str) -> str:
         return keep_upload(Path(path), context.settings.runs_root)
 
-    load(open_page, None, [main.preset, *fields], **QUIET)
-    main.preset.input(fill, main.preset, fields, **QUIET)
+    filled = [
+        load(open_page, None, [main.preset, *fields], **QUIET),
+        main.preset.input(fill, main.preset, fields, **QUIET),
+    ]
     main.upload.upload(keep, main.upload, widgets["dataset"])
     method, own = widgets["method"], [widgets[name] for name in OWN_FIELDS]
     method.change(_show_method, method, [main.method_words, *own], **QUIET)
     targets, patterns = widgets["targets"], widgets["target_patterns"]
     targets.change(lambda choice: gr.update(visible=choice == form.PATTERNS), targets, patterns, **QUIET)
+    return filled
 
 
 def _show_method(method: str) -> list[Any]:
@@ -130,31 +141,43 @@ def _show_method(method: str) -> list[Any]:
     ]
 
 
-def _wire_plan(output: str, main: _Main, card: _PlanCard, fields: list[Any], measured: gr.State) -> None:
+def _wire_plan(
+    output: str, main: _Main, card: _PlanCard, widgets: dict[str, Any], measured: gr.State, filled: list[Any]
+) -> None:
+    """Wire the card of the plan. `filled`: the events that fill the whole form."""
+    fields = [widgets[name] for name in form.WIDGETS]
     shown: list[Any] = [card.body, card.changes, card.fits, main.model_facts, main.density_words, main.budget_words]
-    shown += [card.said, card.fitted, card.apply, *(part for row, line, _ in card.remedies for part in (row, line))]
+    shown += [part for row, line, _ in card.remedies for part in (row, line)]
 
-    def show_plan(fit: dict[str, Any] | None, chosen: str, *values: Any) -> list[Any]:
+    def show_plan(chosen: str, *values: Any) -> list[Any]:
         view = view_plan(values, output, chosen)
         updates: list[Any] = [view.card, [remedy.changes for remedy in view.remedies], view.fits]
         updates.append(f"<span>{escape(view.model_facts)}</span>")
         updates.append(cards.measure(about("density").label, view.density_words))
         updates.append(cards.measure(about("budget_gib").label, view.budget_words))
-        updates.append("")  # what Start answered was about other values
-        # Opening an accordion draws fields and so comes here as well; a fit of these very values stays.
-        same = fit is not None and fit["of"] == [chosen, *values]
-        updates += [gr.skip(), gr.skip()] if same else ["", gr.update(visible=False)]
         for remedy in view.remedies:
             updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
         return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
 
-    changes = [field.change for field in (card.plan_for, measured, *fields)]
-    gr.on(changes, show_plan, [card.fit_found, card.plan_for, *fields], shown, trigger_mode="always_last", **QUIET)
-    for number, (_, _, button) in enumerate(card.remedies):
-        button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
     found = [card.fitted, card.apply, card.fit_found]
+    by_fit = card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
+    by_remedy = [
+        button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
+        for number, (_, _, button) in enumerate(card.remedies)
+    ]
     card.fit.click(_fit(output), [card.plan_for, *fields], found, **QUIET)
-    card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
+    # A fill comes once, not once a field: a field of its own tells of a change by hand, or by what sets it alone.
+    by_hand = [card.plan_for.input, measured.change]
+    by_hand += [widget.change if name in SET_ALONE else widget.input for name, widget in widgets.items()]
+    planned = {"fn": show_plan, "inputs": [card.plan_for, *fields], "outputs": shown, **QUIET}
+    # In the page, so at once: what Start or the fit said was of other values, what either says later is of these.
+    cleared = {"fn": None, "js": _CLEAR, "inputs": [card.plan_for, *fields], **QUIET}
+    cleared["outputs"] = [card.said, card.fitted, card.apply]
+    gr.on(by_hand, **cleared)
+    gr.on(by_hand, trigger_mode="always_last", **planned)
+    for event in (*filled, by_fit, *by_remedy):
+        event.then(**cleared)
+        event.then(**planned)
 
 
 def _draw_main(widgets: dict[str, Any]) -> _Main:
@@ -261,16 +284,14 @@ def _fit(output: str) -> Callable[..., list[Any]]:
 
     def fit(chosen: str, *values: Any) -> list[Any]:
         view = view_fit(values, output, chosen)
-        found = {"of": [chosen, *values], "changes": view.changes}
-        return [view.html, gr.update(visible=view.changes is not None), found]
+        return [view.html, gr.update(visible=view.changes is not None), view.changes]
 
     return fit
 
 
 def _apply_fit(output: str) -> Callable[..., list[Any]]:
-    def apply(fit: dict[str, Any] | None, *values: Any) -> list[Any]:
-        changes = (fit or {}).get("changes") or {}
-        return _changed(values, form.read_form(values, output).model_copy(update=changes))
+    def apply(changes: dict[str, Any] | None, *values: Any) -> list[Any]:
+        return _changed(values, form.read_form(values, output).model_copy(update=changes or {}))
 
     return apply
 

@@ -1,17 +1,20 @@
 """The demo in a browser: one person, from the first point to an answer."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 from engine import runs, workers
+from sparse_ui.form import WIDGETS
 
 PROJECT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -63,11 +66,31 @@ def _served(folder: Path, *arguments: str) -> Iterator[str]:
             workers.wait_for_end(run)
 
 
-def _ask_both(page: Page, question: str) -> None:
+@contextmanager
+def _held(page: Page, belongs: Callable[[dict[str, Any]], bool]) -> Iterator[list[Route]]:
+    """Hold back the page's events that `belongs` picks until the body is done, as a busy computer might."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if belongs(json.loads(route.request.post_data or "{}")):
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
+    yield held
+    page.unroute("**/queue/join*")  # which lets go of them
+
+
+def _ask(page: Page, question: str) -> None:
     page.get_by_role("tab", name="Chat", exact=True).click()
     expect(page.locator("#chat-box textarea")).to_be_visible()
     page.locator("#chat-box textarea").fill(question)
     page.locator("#chat-send").click()
+    expect(page.locator("#chat-base")).to_contain_text(question)
+
+
+def _expect_answers(page: Page) -> None:
     for side in ("base", "tuned"):
         expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_text(re.compile(r"\w"), timeout=CHAT_MS)
 
@@ -78,7 +101,10 @@ def test_train_reload_stop_and_chat(page: Page, tmp_path: Path) -> None:
     with _served(tmp_path, "--demo") as address:
         page.goto(address)
         _watch_reload_and_stop(page, tmp_path)
-        _ask_both(page, "Where is the cat?")
+        with _held(page, lambda event: (event.get("event_data") or {}).get("value") == "Chat") as listing:
+            _ask(page, "Where is the cat?")
+            assert listing  # asked before the list of results was there
+        _expect_answers(page)
         _take_away(page)
     assert not errors
     assert len(list(tmp_path.glob("*-merged/model.safetensors"))) == 1
@@ -120,6 +146,25 @@ def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: P
         expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
 
 
+def test_what_start_says_stays_though_the_plan_comes_later(page: Page, tmp_path: Path) -> None:
+    with _served(tmp_path) as address:
+        page.goto(address)
+        expect(page.locator("#plan .st-pill")).to_have_text("fits")
+        page.get_by_text("Training, schedule and evaluation").click()
+        rate = page.locator("#field-learning_rate input")
+        with _held(page, lambda event: len(event["data"]) == len(WIDGETS) + 1) as plans:  # of the form and a card
+            rate.fill("0.1")
+            rate.fill("-2")
+            page.locator("#start").click()
+            expect(page.locator("#start-said")).to_contain_text("got -2")
+            assert plans
+        expect(page.locator("#plan")).to_contain_text("got -2")
+        page.wait_for_timeout(1_000)
+        expect(page.locator("#start-said")).to_contain_text("got -2")
+        rate.fill("0.1")
+        expect(page.locator("#start-said")).not_to_contain_text("got -2")
+
+
 def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
     with _served(tmp_path) as address:
         page.goto(address)
@@ -135,4 +180,5 @@ def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
         run = runs.list_runs(tmp_path)[0]
         assert (runs.read_spec(run).method, runs.read_spec(run).quantization) == ("spiel-ag", "nf4")
         assert runs.read_report(run)["steps"] == 25
-        _ask_both(page, "Where does a fox live?")
+        _ask(page, "Where does a fox live?")
+        _expect_answers(page)
