@@ -22,17 +22,17 @@ Activation = Literal["silu", "gelu", "gelu_new"]
 
 @dataclass(frozen=True, slots=True)
 class _ActivationSizes:
-    """Tensors beside input and result, of their size: while its backward makes it again; while it is made alone."""
+    """Tensors beside input and result, of their size: what its graph keeps once it is made; what its backward takes."""
 
+    graph: int
     scratch: int
-    making: int
 
 
 # gelu_new is seven operations, of which half times x, tanh and 1 + tanh are kept.
 _ACTIVATION_SIZES: Mapping[Activation, _ActivationSizes] = {
-    "silu": _ActivationSizes(1, 0),
-    "gelu": _ActivationSizes(1, 0),
-    "gelu_new": _ActivationSizes(6, 3),
+    "silu": _ActivationSizes(0, 0),
+    "gelu": _ActivationSizes(0, 0),
+    "gelu_new": _ActivationSizes(3, 5),
 }
 
 
@@ -190,7 +190,8 @@ class Operations:
     def made_product(self, h: Value, parts: Sequence[Value], kind: Activation, *, gated: bool, shared: bool) -> Value:
         """The function of `engine.sparse.recompute`: the activation of `parts`, which are products with h, or of two.
 
-        Keeps the parts or, where these are not kept, what h is made of. Its backward makes activation and result again.
+        Keeps the parts or, where these are not kept, what h is made of. In the backward all of it is made again for
+        whoever reads the result; the graph of that stays for the gradients of the parts.
 
         Args:
             h: the input of the MLP.
@@ -207,8 +208,9 @@ class Operations:
             both.source, both.made = h.kept, parts_bytes + staying
             both.making = h.made - staying
         acts = _ACTIVATION_SIZES[kind]
-        y = self.tape.op(size, parts, scratch=(acts.scratch + gated) * size, reads=both)
-        y.source, y.made, y.making = both.source, size + both.made, (acts.making + gated) * size
+        joined = gated and len(parts) == 1  # both gradients, until they are put into one
+        y = self.tape.op(size, parts, scratch=(acts.scratch + gated + joined) * size, reads=both)
+        y.source, y.made = both.source, (1 + acts.graph + gated) * size + both.made
         return y
 
     def product(self, a: Value, b: Value) -> Value:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.planner.recompute import Kept, kept_by_block
 from engine.sparse.recipes import Recipe, Tensors, give_recipe, read_back, recipe_of
@@ -68,23 +69,60 @@ class _Norm(torch.autograd.Function):
         return norm.gradient(grads[0], *ctx.saved_tensors), None
 
 
+class _Graph(NamedTuple):
+    """From its leaves to its end, which need not be there any more."""
+
+    leaves: Tensors
+    end: GradientEdge
+
+
+class _Combined:
+    """y = combine(*parts), element by element, made again once in a backward for two who want it.
+
+    Who reads y comes first, then the gradients of the parts. The graph that the first makes serves the second.
+    """
+
+    def __init__(self, combine: Callable[..., Tensor], *, shared: bool) -> None:
+        """Hold no graph yet; `shared`: whether the gradients of the parts will be asked for."""
+        self._combine, self._shared = combine, shared
+        self._graph: _Graph | None = None
+
+    def result(self, *parts: Tensor) -> Tensors:
+        """Return y, without a graph."""
+        if not self._shared:
+            return (self._combine(*parts),)
+        y, self._graph = self._follow(parts)
+        return (y,)
+
+    def gradients(self, grad_y: Tensor, parts: Tensors) -> Tensors:
+        """Return the gradients of the parts; where nobody read y, of a graph made for them alone."""
+        graph, self._graph = self._graph or self._follow(parts)[1], None
+        return torch.autograd.grad(graph.end, graph.leaves, grad_y)
+
+    def _follow(self, parts: Tensors) -> tuple[Tensor, _Graph]:
+        leaves = tuple(part.detach().requires_grad_() for part in parts)
+        with torch.enable_grad():
+            y = self._combine(*leaves)
+        return y.detach(), _Graph(leaves, get_gradient_edge(y))
+
+
 class _Elementwise(torch.autograd.Function):
-    """y = combine(*parts), element by element: keeps what the parts can be had from, and nothing of its own."""
+    """y = combine(*parts): keeps what the parts can be had from, and nothing of its own."""
 
     @staticmethod
-    def forward(ctx: Any, combine: Callable[..., Tensor], recipe: Recipe, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, combine: Callable[..., Tensor], combined: _Combined, recipe: Recipe, *parts: Tensor
+    ) -> Tensor:
         """Return y; `recipe`: of the parts."""
         ctx.save_for_backward(*recipe.inputs)
-        ctx.again, ctx.combine = recipe.again, combine
+        ctx.again, ctx.combined = recipe.again, combined
         return combine(*parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the parts."""
-        parts = [part.detach().requires_grad_() for part in read_back(ctx.again, ctx.saved_tensors)]
-        with torch.enable_grad():
-            y = ctx.combine(*parts)
-        return None, None, *torch.autograd.grad(y, parts, grads[0])
+        parts = read_back(ctx.again, ctx.saved_tensors)
+        return None, None, None, *ctx.combined.gradients(grads[0], parts)
 
 
 class _Mlp(NamedTuple):
@@ -186,16 +224,14 @@ def _mlp_forward(mlp: _Mlp, *, gates: bool) -> Callable[[Tensor], Tensor]:
     def firsts(h: Tensor) -> Tensors:
         return tuple(first(h) for first in mlp.firsts)
 
-    def product(*parts: Tensor) -> Tensors:
-        return (mlp.combine(*parts),)
-
     def forward(h: Tensor) -> Tensor:
         parts = firsts(h)
         if not gates:
             give_recipe(recipe_of(h).then(firsts), *parts)
         recipe = recipe_of(*parts)
-        y: Tensor = _Elementwise.apply(mlp.combine, recipe.reading(), *parts)  # type: ignore[no-untyped-call]
-        give_recipe(recipe.then(product), y)
+        combined = _Combined(mlp.combine, shared=any(part.requires_grad for part in parts))
+        y: Tensor = _Elementwise.apply(mlp.combine, combined, recipe.reading(), *parts)  # type: ignore[no-untyped-call]
+        give_recipe(recipe.then(combined.result), y)
         found: Tensor = mlp.last(y)
         return found
 

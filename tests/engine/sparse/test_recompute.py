@@ -143,9 +143,11 @@ def test_a_model_of_another_kind_is_left_alone() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_nothing_that_was_made_again_outlives_the_backward() -> None:
+@pytest.mark.parametrize("level", ["elementwise", "mlp"])
+@pytest.mark.parametrize("targets", ["linear", ("model.layers.0.mlp.down_proj.*",), ("gate_proj",)])
+def test_nothing_that_was_made_again_outlives_the_backward(level: str, targets: Any) -> None:
     model = _model("llama")
-    tuning = _attach(model, recompute="mlp")
+    tuning = _attach(model, recompute=level, targets=targets)
     meter = StorageMeter()
     with meter:
         _gradient(model, tuning)
@@ -153,3 +155,13 @@ def test_nothing_that_was_made_again_outlives_the_backward() -> None:
             values.grad = None
     events = meter.ledger.events
     assert {event for event in events if event >= 0} == {~event for event in events if event < 0}
+
+
+@pytest.mark.parametrize("level", ["elementwise", "mlp"])
+def test_a_backward_makes_each_activation_once_again(level: str) -> None:
+    model = _model("llama")
+    calls = []
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    _gradient(model, _attach(model, recompute=level))
+    assert len(calls) == 2 * len(model.model.layers)
