@@ -8,6 +8,7 @@ report.json    the figures at the end   lock          held by the worker as its 
 """
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from engine.spec import RunSpec
 from engine.spec_io import dump_spec, load_values, parse_spec
 
 Request = Literal["stop", "checkpoint"]
+_STARTED = "---- worker started"
 START_GRACE_S = 30.0  # a queued run without a worker for longer than this never started
 
 
@@ -210,9 +212,15 @@ def log_tail(run: Run, lines: int = 20) -> str:
     return "\n".join(run.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
+def mark_start(run: Run) -> None:
+    """Note in the worker's log that what follows is another attempt's."""
+    with run.log_path.open("a", encoding="utf-8") as log:
+        log.write(f"{_STARTED} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+
+
 def last_words(run: Run) -> str:
-    """Return the last line of the worker's output that has a word; torchrun ends with a ruled line."""
-    lines = reversed(log_tail(run).splitlines())
+    """Return the last line of the newest worker's output that has a word; torchrun ends with a ruled line."""
+    lines = itertools.takewhile(lambda line: not line.startswith(_STARTED), reversed(log_tail(run).splitlines()))
     return next((line.strip() for line in lines if any(letter.isalnum() for letter in line)), "")
 
 
@@ -267,7 +275,9 @@ def reconcile(root: str | Path = "runs") -> list[Run]:
         if read_status(run) != status:  # it ended between the two looks
             continue
         tail = last_words(run)
-        detail = f"The worker ended without a word. Last line of its log: {tail}" if tail else "The worker is gone."
+        detail = "The worker ended without a word."
+        detail += " Resume the run to go on from its newest checkpoint." if latest_checkpoint(run) else ""
+        detail += f" Last line of its log: {tail}" if tail else ""
         write_status(run, replace(status, state="failed", detail=detail))
         lost.append(run)
     return lost

@@ -23,6 +23,7 @@ from engine.runs import (
     create_run,
     has_worker,
     last_words,
+    mark_start,
     read_report,
     read_spec,
     read_status,
@@ -54,6 +55,7 @@ def start_worker(run: Run) -> int:
     take_request(run, "stop")
     before, count = read_status(run), read_spec(run).num_processes
     write_status(run, RunStatus("queued", step=before.step, total_steps=before.total_steps))
+    mark_start(run)
     with run.log_path.open("ab") as log:
         process = subprocess.Popen(
             training_command(run.path, count),

@@ -75,6 +75,26 @@ def test_reconcile_marks_a_lost_run_and_leaves_a_fresh_one(tmp_path: Path, monke
     assert runs.read_status(run).state == "failed"
 
 
+def test_a_lost_run_quotes_its_newest_worker_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path)
+    monkeypatch.setattr(runs, "START_GRACE_S", 0.0)
+    run.log_path.write_text("process 1 was killed\n")
+    runs.mark_start(run)
+    runs.reconcile(tmp_path)
+    assert runs.read_status(run).detail == "The worker ended without a word."
+    with run.log_path.open("a") as log:
+        log.write("process 2 was killed\n=====\n")
+    (run.checkpoints_path / "5").mkdir(parents=True)
+    runs.write_status(run, runs.RunStatus("queued"))
+    runs.reconcile(tmp_path)
+    assert runs.read_status(run).detail == (
+        "The worker ended without a word. Resume the run to go on from its newest checkpoint. "
+        "Last line of its log: process 2 was killed"
+    )
+
+
 def test_worker_lock_is_the_sign_of_life(tmp_path: Path) -> None:
     run = _run(tmp_path)
     assert not runs.has_worker(run)
