@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from engine.models import describe_model
 from engine.presets import known_config
+from engine.rng import random_state_kept
 from engine.sparse.base_weight import keep_packing, packed_tensors
 from engine.spec import RunSpec
 
@@ -41,7 +42,7 @@ def random_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         ModelError: transformers cannot build the model.
     """
     model = describe_model(spec, device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with random_state_kept(device), torch.no_grad():
         torch.manual_seed(spec.seed)
         made: dict[int, nn.Parameter] = {}  # tied weights are one
         module: Any

@@ -25,6 +25,7 @@ from engine.evaluate import padding_id
 from engine.hub import hub_online, require_hub
 from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
+from engine.rng import random_state_kept
 from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
 from engine.targets import layer_number
@@ -77,7 +78,7 @@ def load_classifier(
     options["problem_type"] = "single_label_classification" if labels else "regression"
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {word: at for at, word in enumerate(labels)}}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _quiet():
+    with random_state_kept(device), _quiet():
         torch.manual_seed(spec.seed)
         loader, loaded = AutoModelForSequenceClassification, _options(spec, device, HEAD_MODULES)
         model, found = _load(loader, spec, output_loading_info=True, **options, **loaded)

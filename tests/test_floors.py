@@ -21,7 +21,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine.errors", "engine.units", "engine.events", "engine.targets", "engine.metrics", *ANALYSIS_DATA),
     ("engine.spec", "engine.spec_rules", "engine.spec_io"),
     ("engine.hub", "engine.presets", "engine.hardware", "engine.planner", "engine.processes", "engine.runs"),
-    ("engine.sparse",),
+    ("engine.sparse", "engine.rng"),
     ("engine.data", "engine.models", "engine.chunked_loss", "engine.evaluate", "engine.classify", "engine.peft_format"),
     ("engine.chat", "engine.export", "engine.composition", "engine.train", *ANALYSIS_WORKER, *TRACE_WORKER),
     ("engine.workers", "engine.errands", "engine.tracer"),

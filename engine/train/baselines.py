@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.rng import random_state_kept
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, fingerprint
 from engine.sparse.optimizers import values_optimizer
@@ -121,7 +122,7 @@ class AdapterTuning(_Baseline):
         super().__init__(model, spec, without)
         config = _adapter_config(model, self._weights, spec)
         self._targets = {name: self._weights[name] for name in _adapted(self._weights, spec)}
-        with torch.random.fork_rng():
+        with random_state_kept(model.device):
             torch.manual_seed(spec.seed)
             self._adapter = get_peft_model(model, config)
         keep_dtype_of_ia3(self._adapter)

@@ -9,11 +9,11 @@ of every weight to the others once a choice.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from engine.data.batches import Batch
 from engine.hardware import free_memory_bytes, selection_memory_bytes
+from engine.rng import random_state_kept
 from engine.sparse.attach import SparseTuning
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.peers import ALONE, Peers
@@ -70,7 +70,7 @@ def _groups(tuning: SparseTuning, peers: Peers) -> list[list[ActiveEntries]]:
 
 def _pass(tuning: SparseTuning, batches: Sequence[Batch], backward: Backward, peers: Peers) -> None:
     labelled = max(1, int(peers.totals([sum(batch.labelled_tokens for batch in batches)])[0]))
-    with torch.random.fork_rng():
+    with random_state_kept(tuning.entries[0].weight.device):
         for batch in batches:
             backward(batch, labelled)
     discard_gradients(tuning.entries)

@@ -22,6 +22,7 @@ from engine.evaluate import batch_loss
 from engine.events import Event, Preflighted
 from engine.planner import formulas
 from engine.planner.plan import Plan, make_plan
+from engine.rng import random_state_kept
 from engine.sparse.peers import ALONE, Peers
 from engine.spec import RunSpec
 from engine.spec_rules import optimizer_of
@@ -63,7 +64,7 @@ class Preflight:
         device = next(self.model.parameters()).device
         started, meter = time.monotonic(), MemoryMeter(device)
         state = "step"
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with random_state_kept(device):
             try:
                 trainer = self._trainer(meter)
                 try:
