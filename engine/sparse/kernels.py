@@ -110,12 +110,17 @@ def rebuild_nf4(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype
         changes: what is added, at most two; no position is in both. None: W is returned.
         dtype: of the result; sums are in the dtype of the values.
     """
-    known = dtype in FLOATS and weight.dtype == dtype and all(values.dtype == torch.float32 for _, values in changes)
-    if weight.device.type == "cuda" and known and changes and weight.packing is not None:
+    known = weight.dtype == dtype and all(values.dtype == torch.float32 for _, values in changes)
+    if changes and known and rebuilds_by_kernel(weight.device, dtype) and weight.packing is not None:
         found = REBUILDING.run(lambda: _kernel_rebuild(weight, changes, dtype), weight.device, dtype)
         if found is not None:
             return found
     return plain_rebuild(weight, changes, dtype)
+
+
+def rebuilds_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether NF4 weights are rebuilt by a kernel on `device` in `dtype`."""
+    return device.type == "cuda" and dtype in FLOATS and REBUILDING.passes(device, dtype)
 
 
 def plain_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:

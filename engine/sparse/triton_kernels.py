@@ -20,7 +20,7 @@ TILE_BLOCKS = 64  # blocks of 64 entries: a tile of `rebuild` has 4096
 CHANGES = 128  # entries that are added to a tile at once
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])  # of every length anew, else a kernel for some of them
+@triton.jit(do_not_specialize=["count", "tokens"])  # which differ from batch to batch
 def _sample(
     grad_y,  # (tokens, out_features)
     x,  # (tokens, in_features)
@@ -55,12 +55,14 @@ def _sample(
 def sample(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     """Return grad_y.T @ x at `positions`, (count,) fp32; see `kernels.sampled_products`.
 
-    Of both factors tokens are rows, so that an entry reads two columns: of every 32 bytes that come from memory it uses
-    one number. Turning the factors once would make two contiguous rows of them, but that reads and writes all of them:
-    as much as some thousand entries read, about where the dense product is faster anyway, and memory of the size of
-    both. Instead entries are taken in the order of the weight. Those of a program lie in few rows, whose grad_y is read
-    once; their columns of x are neighbours of those of the rows before and after, and what one read brings is found in
-    the cache by the next.
+    Tokens are the rows of both factors, so that an entry reads two columns: of each 32-byte sector, one number. The
+    entries of a program are neighbours in the order of the weight, so that they lie in few rows and share the sectors
+    of grad_y. Those of x, one an entry and token, come from the second level cache, which holds the tokens that
+    programs at work share: from memory both factors come about once.
+
+    Factors turned, so that tokens are contiguous, would take 4 bytes an entry and token instead of 32, but must be read
+    and written first, 4 (in + out) bytes a token of bf16, and lie in memory twice, which no plan counts. By these bytes
+    that pays from some (in + out) / 5 entries on; sampled products are for few. The kernel takes any strides.
     """
     count, tokens = positions.numel(), x.shape[0]
     partial = torch.empty(triton.cdiv(tokens, TOKENS), count, dtype=torch.float32, device=x.device)
