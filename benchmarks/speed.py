@@ -8,6 +8,8 @@ layers of Llama-2-7B's shape, bf16, 2,048 tokens. A step is forward, backward, u
 What `recomputation` compares holds all of Llama-7B, twice too much for its limit of 23 GiB: there a subject is made,
 warmed up, measured for a block of rounds and freed, then the other; the blocks alternate, and the rounds are paired in
 order. On the CPU, the small model and no limit, in the same way.
+
+On a CUDA device also the project's own kernels against their plain forms, on one weight of that shape.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels import rebuilding_makers, sampling_makers
 from benchmarks.subjects import (
     ATTENTION,
     CPU_SIZE,
@@ -89,6 +92,8 @@ COMPARISONS: dict[str, dict[str, Comparison]] = {
         "methods": Comparison(makers, CUDA_SIZE),
         "quantised": Comparison(quantised_makers, CUDA_SIZE),
         "recomputation": Comparison(recomputation_makers, LLAMA_7B, limit_gib=23.0, in_blocks=True),
+        "sampling kernel": Comparison(sampling_makers, CUDA_SIZE),
+        "rebuilding kernel": Comparison(rebuilding_makers, CUDA_SIZE),
     },
 }
 
@@ -211,12 +216,14 @@ def _row(one: Timed, other: Timed, device: str, goal: float | None) -> dict[str,
 def main() -> None:
     """Print the table, or JSON; `--readings FILE` keeps it with the versions it was taken with."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comparison", action="append", choices=tuple(COMPARISONS["cpu"]), help="default: all")
+    parser.add_argument("--comparison", action="append", choices=tuple(COMPARISONS["cuda"]), help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
+    if unknown := set(options.comparison or ()) - set(COMPARISONS[options.device]):
+        parser.error(f"--comparison {sorted(unknown)[0]} needs a CUDA device. Leave it out.")
     if options.device == "cpu":
         torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ compute with dequantise(W) + delta, rebuilt for the length of each use.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,24 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NF4_BLOCK = 64  # entries that share an absmax; bitsandbytes' default
 NF4_NESTED_BLOCK = 256  # absmax values that share a scale under double quantisation
+
+
+@dataclass(frozen=True)
+class NF4Packing:
+    """What an NF4 weight under double quantisation is made of; entry i is, rounded to the weight's dtype,
+
+    code[c_i] * (scale_code[absmax[i // 64]] * scales[i // 64 // 256] + offset), each operation rounded to fp32.
+
+    `packed`: (ceil(numel / 2),) uint8, codes c_i two to a byte, the first one in the high half; `code`: (16,) fp32;
+    `absmax`: (ceil(numel / 64),) uint8; `scales`: fp32; `scale_code`: (256,) fp32; `offset`: 0-dim fp32.
+    """
+
+    packed: Tensor
+    code: Tensor
+    absmax: Tensor
+    scales: Tensor
+    scale_code: Tensor
+    offset: Tensor
 
 
 class NF4Weight:
@@ -55,6 +74,26 @@ class NF4Weight:
 
         dense: Tensor = dequantize_4bit(self.packed.data, self._state)
         return dense.view(self.shape)
+
+    @property
+    def packing(self) -> NF4Packing | None:
+        """The parts of the packed weight; None where it is packed in another way than `nf4_config` asks for."""
+        state = self._state
+        if (state.quant_type, state.blocksize, state.nested) != ("nf4", NF4_BLOCK, True):
+            return None
+        if state.state2.blocksize != NF4_NESTED_BLOCK:
+            return None
+        packed, scales = self.packed.detach().view(-1).view(torch.uint8), state.state2
+        return NF4Packing(packed, state.code, state.absmax, scales.absmax, scales.code, state.offset.to(packed.device))
+
+
+def quantise_nf4(dense: Tensor) -> NF4Weight:
+    """Return `dense`, (out_features, in_features), in NF4 under double quantisation."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn.modules import Params4bit
+
+    packed, state = quantize_4bit(dense, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+    return NF4Weight(Params4bit(packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True))
 
 
 def base_weights(model: nn.Module) -> dict[str, nn.Parameter | NF4Weight]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.sparse.compaction import GradientCosts
+from engine.sparse.kernels import sampled_products, samples_by_kernel
 
 # One core of a server CPU, fp32: the proportions are what matters.
 DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
@@ -50,12 +51,13 @@ def cache_folder() -> Path:
 
 
 def machine_key(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what the costs depend on, in words: device, dtype, torch and the number of threads."""
+    """Return what the costs depend on, in words: device, dtype, torch, the number of threads or the kernel there is."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.node()} {platform.machine()} with {torch.get_num_threads()} threads"
-    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+    kernel = ", sampled by a kernel" if samples_by_kernel(device, dtype) else ""
+    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}{kernel}"
 
 
 def _read(path: Path) -> dict[str, GradientCosts]:
@@ -71,14 +73,10 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     tokens, width = (2048, 1024) if device.type == "cpu" else (4096, 8192)
     x = torch.ones(tokens, width, dtype=dtype, device=device)
     gathered = torch.arange(0, width, 4, dtype=torch.int32, device=device)
-    few = gathered[::4]
+    positions = gathered * width + gathered * 37 % width  # neighbours in the order of the weight, far apart in x
     small = x[:16, :16].clone()
     part = x[: tokens // 4, : width // 2].clone()
     product = torch.empty(width // 2, width // 2, dtype=dtype, device=device)
-    accumulator = torch.promote_types(dtype, torch.float32)
-
-    def sampled() -> Tensor:
-        return (x.index_select(1, few).to(accumulator) * x.index_select(1, few)).sum(0)
 
     def call() -> Tensor:
         return torch.mm(small.T, small, out=product[:16, :16])
@@ -86,7 +84,7 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     return GradientCosts(
         multiply_s=_seconds(lambda: torch.mm(part.T, part, out=product), device) / (part.shape[0] * product.numel()),
         gather_s=_seconds(lambda: x.index_select(1, gathered), device) / (tokens * gathered.numel()),
-        sampled_s=_seconds(sampled, device) / (tokens * few.numel()),
+        sampled_s=_seconds(lambda: sampled_products(x, x, positions), device) / (tokens * positions.numel()),
         call_s=_seconds(call, device),
     )
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.sparse.compaction import GradientCosts, Grouping, group_rows
+from engine.sparse.kernels import sampled_products
 
 Way = Literal["dense", "compaction", "sampled"]
 WORTHWHILE = 0.9  # of the dense product's time: what is predicted to save less may well cost more
-SAMPLED_NUMEL = 2**20  # numbers that sampled products gather at once, twice
 GATHERED_NUMEL = 2**20  # numbers that compaction may gather at once for any weight
 
 
@@ -99,7 +99,7 @@ def values_gradients(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if plan.way == "sampled":
-        return [_sampled(grad_y, x, each, dtype) for each in indices]
+        return [sampled_products(grad_y, x, each) for each in indices]
     if plan.grouping is None:
         dense = dense_gradient(grad_y, x, workspace).view(-1)
         return [dense.index_select(0, each).to(dtype) for each in indices]
@@ -126,12 +126,3 @@ def _grouped(
         found = [total.add_(part) for total, part in zip(found, parts, strict=True)] if found else parts
     assert found, "a backward without tokens"
     return found
-
-
-def _sampled(grad_y: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    found = []
-    for part in indices.split(max(1, SAMPLED_NUMEL // x.shape[0])):
-        left = grad_y.index_select(1, part // x.shape[1]).to(dtype)
-        right = x.index_select(1, part % x.shape[1])
-        found.append((left * right).sum(0))
-    return torch.cat(found)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from engine.sparse.base_weight import NF4Weight
 from engine.sparse.entries import ActiveEntries
+from engine.sparse.kernels import rebuild_nf4
 from engine.sparse.recipes import Recipe, read_back, recipe_of
 
 
@@ -32,16 +33,12 @@ def rebuild_weight(entry: ActiveEntries, dtype: torch.dtype) -> Tensor:
     """
     if not isinstance(entry.weight, NF4Weight):
         return entry.weight.detach().to(dtype)
-    dense = entry.weight.dense().to(dtype)
+    changes = []
     if entry.applied:
-        changes = [(entry.placed, entry.values.detach())]
+        changes.append((entry.placed, entry.values.detach()))
         if entry.settled is not None:
             changes.append((entry.settled.indices, entry.settled.values))
-        flat = dense.view(-1)
-        for indices, values in changes:
-            positions = indices.long()
-            flat.index_copy_(0, positions, (flat.index_select(0, positions).to(values.dtype) + values).to(dtype))
-    return dense
+    return rebuild_nf4(entry.weight, changes, dtype)
 
 
 class SparseDeltaLinear(torch.autograd.Function):

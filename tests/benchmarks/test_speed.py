@@ -1,10 +1,13 @@
 """The tables of step times, in small."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from benchmarks.kernels import rebuilding_makers, sampling_makers
 from benchmarks.speed import GOALS, Comparison, Timed, compare, table
-from benchmarks.subjects import KEPT, Size, makers, quantised_makers, recomputation_makers
+from benchmarks.subjects import KEPT, Lab, Make, Size, makers, quantised_makers, recomputation_makers
 
 TINY = Size("cpu", torch.float32, 64, 128, 2, 16, 32)
 
@@ -24,6 +27,14 @@ def test_qspiel_is_measured_against_spiel_over_the_dense_base() -> None:
     assert row["name"] == "qSpIEL, checkpointed / SpIEL over float32, checkpointed"
     assert row["dtype"] == "nf4, values float32 / float32, values float32"
     assert row["ratio"] > 0
+
+
+@pytest.mark.parametrize("kernel_makers", [sampling_makers, rebuilding_makers])
+def test_without_a_kernel_its_plain_form_has_no_row(kernel_makers: Callable[[Lab], dict[str, Make]]) -> None:
+    timed = compare(Comparison(kernel_makers, TINY), rounds=1)
+    assert [each.name.endswith(", plain") for each in timed] == [True]
+    assert timed[0].seconds[0] > 0
+    assert table(timed, "cpu") == []
 
 
 def test_blocks_of_rounds_alternate_and_pair() -> None:

@@ -1,0 +1,169 @@
+"""Two kernels of this project's own for a GPU (`triton_kernels.py`), each beside the plain form that it stands for.
+
+Sampled products: the gradient of a few entries of a linear layer. Rebuilding NF4: the dequantised weight with the
+values added, in one pass and without what the plain form holds besides: a copy of the positions in int64, and the
+entries gathered, summed and rounded.
+
+A kernel is compared with its plain form when it is first wanted on a device and in a dtype, on a small case. Where it
+fails or gives other numbers the plain form is taken from then on, and the log says so once. Without Triton, on a CPU
+and on the meta device there is the plain form only.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.sparse.base_weight import NF4Weight, quantise_nf4
+
+_LOG = logging.getLogger(__name__)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know; sums are in fp32
+SAMPLED_NUMEL = 2**20  # numbers that sampled products hold at once; the plain form gathers as many, twice
+Change = tuple[Tensor, Tensor]  # positions (n,), sorted and unique, and values (n,)
+Found = TypeVar("Found")
+
+
+class Trial:
+    """Whether a kernel is to be trusted: tried at its first use on a device and in a dtype, given up where it fails."""
+
+    def __init__(self, work: str, agrees: Callable[[torch.device, torch.dtype], bool]) -> None:
+        """Try nothing yet.
+
+        Args:
+            work: what the kernel does, for the log.
+            agrees: whether it gives the numbers of the plain form on a small case.
+        """
+        self._work, self._agrees = work, agrees
+        self._passed: set[tuple[torch.device, torch.dtype]] = set()
+        self._failed = find_spec("triton") is None
+
+    def passes(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether the kernel may be used."""
+        return self.run(lambda: True, device, dtype) is not None
+
+    def run(self, launch: Callable[[], Found], device: torch.device, dtype: torch.dtype) -> Found | None:
+        """Return what `launch` gives; None where the kernel is not to be used, now or any more."""
+        if self._failed:
+            return None
+        try:
+            if (device, dtype) not in self._passed:
+                if not self._agrees(device, dtype):
+                    raise ArithmeticError(f"other numbers in {dtype} on {device}")
+                self._passed.add((device, dtype))
+            return launch()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler, its tools or the driver: there is no end of kinds
+            self._failed = True
+            why = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])
+            _LOG.warning("%s without its kernel: %s", self._work, why)
+            return None
+
+
+def sampled_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """Return the entries of grad_y.T @ x at `positions`, (n,), in fp32 (fp64 of fp64).
+
+    Args:
+        grad_y: (tokens, out_features).
+        x: (tokens, in_features), same dtype.
+        positions: (n,) flat positions in any order; those of a kernel are better in order.
+    """
+    if samples_by_kernel(x.device, x.dtype):
+        found = PRODUCTS.run(lambda: _kernel_products(grad_y, x, positions), x.device, x.dtype)
+        if found is not None:
+            return found
+    return plain_products(grad_y, x, positions)
+
+
+def samples_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether sampled products are a kernel's on `device` in `dtype`."""
+    return device.type == "cuda" and dtype in FLOATS and PRODUCTS.passes(device, dtype)
+
+
+def plain_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """See `sampled_products`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    found = []
+    for part in positions.split(max(1, SAMPLED_NUMEL // x.shape[0])):
+        left = grad_y.index_select(1, part // x.shape[1]).to(dtype)
+        right = x.index_select(1, part % x.shape[1])
+        found.append((left * right).sum(0))
+    return torch.cat(found)
+
+
+def _kernel_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    from engine.sparse.triton_kernels import TOKENS, sample
+
+    parts = positions.split(max(1, SAMPLED_NUMEL // -(-x.shape[0] // TOKENS)))
+    with torch.cuda.device_of(x):
+        return torch.cat([sample(grad_y, x, part) for part in parts])
+
+
+def rebuild_nf4(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """Return round(round(W) + values), (out_features, in_features), in `dtype`: a new tensor.
+
+    Args:
+        weight: W, dequantised to its own dtype.
+        changes: what is added, at most two; no position is in both. None: W is returned.
+        dtype: of the result; sums are in the dtype of the values.
+    """
+    known = weight.dtype == dtype and all(values.dtype == torch.float32 for _, values in changes)
+    if changes and known and rebuilds_by_kernel(weight.device, dtype) and weight.packing is not None:
+        found = REBUILDING.run(lambda: _kernel_rebuild(weight, changes, dtype), weight.device, dtype)
+        if found is not None:
+            return found
+    return plain_rebuild(weight, changes, dtype)
+
+
+def rebuilds_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether NF4 weights are rebuilt by a kernel on `device` in `dtype`."""
+    return device.type == "cuda" and dtype in FLOATS and REBUILDING.passes(device, dtype)
+
+
+def plain_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """See `rebuild_nf4`."""
+    dense = weight.dense().to(dtype)
+    flat = dense.view(-1)
+    for indices, values in changes:
+        positions = indices.long()
+        flat.index_copy_(0, positions, (flat.index_select(0, positions).to(values.dtype) + values).to(dtype))
+    return dense
+
+
+def _kernel_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    from engine.sparse.triton_kernels import rebuild
+
+    dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    assert weight.packing is not None
+    with torch.cuda.device_of(dense):
+        rebuild(weight.packing, changes, dense)
+    return dense
+
+
+def products_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernel gives the products up to the order of their sums."""
+    generator = torch.Generator().manual_seed(0)
+    grad_y, x = (torch.randn(300, width, generator=generator).to(device, dtype) for width in (70, 90))
+    positions = torch.randint(70 * 90, (200,), generator=generator, dtype=torch.int32).to(device)
+    found, plain = (form(grad_y, x, positions) for form in (_kernel_products, plain_products))
+    return torch.allclose(found, plain, rtol=1e-5, atol=1e-4)
+
+
+def rebuilt_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernel gives the bits of the plain form, for entries of both kinds."""
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.Size((190, 90))
+    weight = quantise_nf4((0.02 * torch.randn(shape, generator=generator)).to(device, dtype))
+    changes = []
+    for part in torch.randperm(shape.numel(), generator=generator)[:600].int().split(400):
+        values = 0.01 * torch.randn(part.numel(), generator=generator)
+        changes.append((part.sort().values.to(device), values.to(device)))
+    found, plain = (form(weight, changes, dtype) for form in (_kernel_rebuild, plain_rebuild))
+    return torch.equal(found, plain)
+
+
+PRODUCTS = Trial("Gradients of few entries are computed", products_agree)
+REBUILDING = Trial("NF4 weights are rebuilt", rebuilt_agree)

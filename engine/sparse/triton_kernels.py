@@ -1,0 +1,173 @@
+"""The kernels themselves, in Triton: imported by `kernels.py` alone, and only where there is a device for them.
+
+Neither uses atomics or waits for another program, so that the same arguments give the same bits. Offsets are int64
+wherever a weight or an activation of 2**31 numbers would not fit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.sparse.base_weight import NF4Packing
+
+ENTRIES = 128  # that one program of `sample` takes
+TOKENS = 256  # that it adds up; what programs of other tokens find is added afterwards
+AT_ONCE = 16  # tokens
+TILE_BLOCKS = 64  # blocks of 64 entries: a tile of `rebuild` has 4096
+CHANGES = 128  # entries that are added to a tile at once
+
+
+@triton.jit(do_not_specialize=["count", "tokens"])  # which differ from batch to batch
+def _sample(
+    grad_y,  # (tokens, out_features)
+    x,  # (tokens, in_features)
+    positions,  # (count,)
+    partial,  # (ceil(tokens / TOKENS), count) fp32
+    count,
+    tokens,
+    width,  # in_features
+    grad_token,  # strides
+    grad_feature,
+    x_token,
+    x_feature,
+    ENTRIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    taken = place < count
+    position = tl.load(positions + place, mask=taken, other=0).to(tl.int64)
+    left = grad_y + (position // width * grad_feature)[None, :]
+    right = x + (position % width * x_feature)[None, :]
+    begin = tl.program_id(1).to(tl.int64) * TOKENS
+    total = tl.zeros((AT_ONCE, ENTRIES), tl.float32)
+    for first in range(0, TOKENS, AT_ONCE):
+        token = (begin + first + tl.arange(0, AT_ONCE))[:, None]
+        wanted = (token < tokens) & taken[None, :]
+        factor = tl.load(left + token * grad_token, mask=wanted, other=0.0).to(tl.float32)
+        total += factor * tl.load(right + token * x_token, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(partial + tl.program_id(1).to(tl.int64) * count + place, tl.sum(total, 0), mask=taken)
+
+
+def sample(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """Return grad_y.T @ x at `positions`, (count,) fp32; see `kernels.sampled_products`.
+
+    Tokens are the rows of both factors, so that an entry reads two columns: of each 32-byte sector, one number. The
+    entries of a program are neighbours in the order of the weight, so that they lie in few rows and share the sectors
+    of grad_y. Those of x, one an entry and token, come from the second level cache, which holds the tokens that
+    programs at work share: from memory both factors come about once.
+
+    Factors turned, so that tokens are contiguous, would take 4 bytes an entry and token instead of 32, but must be read
+    and written first, 4 (in + out) bytes a token of bf16, and lie in memory twice, which no plan counts. By these bytes
+    that pays from some (in + out) / 5 entries on; sampled products are for few. The kernel takes any strides.
+    """
+    count, tokens = positions.numel(), x.shape[0]
+    partial = torch.empty(triton.cdiv(tokens, TOKENS), count, dtype=torch.float32, device=x.device)
+    _sample[triton.cdiv(count, ENTRIES), partial.shape[0]](
+        grad_y,
+        x,
+        positions,
+        partial,
+        count,
+        tokens,
+        x.shape[1],
+        *grad_y.stride(),
+        *x.stride(),
+        ENTRIES=ENTRIES,
+        TOKENS=TOKENS,
+        AT_ONCE=AT_ONCE,
+        enable_fp_fusion=True,
+    )
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
+@triton.jit
+def _change(out, positions, values, starts, tile, CHANGES: tl.constexpr):
+    end = tl.load(starts + tile + 1)
+    for first in range(tl.load(starts + tile), end, CHANGES):
+        place = first + tl.arange(0, CHANGES)
+        taken = place < end
+        at = out + tl.load(positions + place, mask=taken, other=0).to(tl.int64)
+        changed = tl.load(at, mask=taken, other=0.0).to(tl.float32) + tl.load(values + place, mask=taken, other=0.0)
+        tl.store(at, changed.to(out.dtype.element_ty), mask=taken)
+
+
+@triton.jit
+def _rebuild(
+    packed,  # (ceil(numel / 2),) uint8
+    code,  # (16,) fp32
+    absmax,  # (blocks,) uint8
+    scales,  # (ceil(blocks / 256),) fp32
+    scale_code,  # (256,) fp32
+    offset,  # () fp32
+    out,  # (numel,)
+    positions,  # (n,), sorted; of tile i are those from starts[i] to starts[i + 1]
+    values,
+    starts,
+    more_positions,
+    more_values,
+    more_starts,
+    numel,
+    num_bytes,  # of packed: an argument, so that whole vectors are read where they fit
+    MORE: tl.constexpr,  # whether there are more
+    BLOCKS: tl.constexpr,
+    CHANGES: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    block = tile * BLOCKS + tl.arange(0, BLOCKS)
+    here = block * 64 < numel
+    scale = tl.load(scale_code + tl.load(absmax + block, mask=here, other=0).to(tl.int32))
+    scale = scale * tl.load(scales + block // 256, mask=here, other=0.0) + tl.load(offset)
+    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pair = tl.load(packed + byte, mask=byte < num_bytes, other=0).to(tl.int32)
+    units = tl.join(tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))).reshape(BLOCKS, 64)
+    at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + at, (units * scale[:, None]).to(out.dtype.element_ty), mask=at < numel)
+    tl.debug_barrier()  # what other threads of this program stored is read and written again below
+    _change(out, positions, values, starts, tile, CHANGES)
+    if MORE:
+        _change(out, more_positions, more_values, more_starts, tile, CHANGES)
+
+
+def rebuild(weight: NF4Packing, changes: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    """Write into `out` the dequantised weight with `changes` added; see `kernels.rebuild_nf4`.
+
+    A program owns a tile of the flat weight: it stores the dequantised numbers, rounded, and after a barrier adds the
+    values of the entries in its tile to what it stored, which is still in the cache. As positions are sorted, a tile's
+    are a range of them; as they are distinct, no two threads write the same number. Products are not fused with sums:
+    each is rounded, as in the plain form.
+
+    Args:
+        weight: its parts.
+        changes: one or two pairs of positions (n,), sorted, and values (n,) fp32; all positions distinct.
+        out: of the weight's shape and dtype, contiguous.
+    """
+    tile = TILE_BLOCKS * 64
+    tiles = triton.cdiv(out.numel(), tile)
+    ranges = []
+    for positions, values in changes:
+        edges = torch.arange(0, (tiles + 1) * tile, tile, dtype=torch.int64, device=out.device)
+        edges = edges.clamp_(max=out.numel()).to(positions.dtype)
+        starts = torch.searchsorted(positions, edges, out_int32=positions.numel() < 2**31)
+        ranges.append((positions, values, starts))
+    _rebuild[(tiles,)](
+        weight.packed,
+        weight.code,
+        weight.absmax,
+        weight.scales,
+        weight.scale_code,
+        weight.offset,
+        out,
+        *ranges[0],
+        *ranges[-1],
+        out.numel(),
+        weight.packed.numel(),
+        MORE=len(ranges) > 1,
+        BLOCKS=TILE_BLOCKS,
+        CHANGES=CHANGES,
+        enable_fp_fusion=False,
+        num_stages=1,
+    )
