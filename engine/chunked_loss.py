@@ -8,7 +8,7 @@ before the first multiplication.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,7 @@ from engine.data.batches import Batch
 from engine.data.examples import IGNORED
 from engine.data.moving import KnownMask, to_device
 from engine.planner.output_layer import CHUNKED_FAMILIES, chunk_tokens
+from engine.sparse.kernels import Trial
 
 
 @dataclass(frozen=True)
@@ -171,31 +172,51 @@ def chunked_causal_loss(
     return summed_loss(layer, chosen, to_device(labels[places], device)) / labelled_tokens
 
 
-def summed_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor, *, kernels: bool | None = None) -> Tensor:
+def summed_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross-entropy of `labels`, without the logits of all tokens.
+
+    On a GPU by Liger-Kernel's kernels, which make it in fewer passes, where they are installed and agree.
 
     Args:
         layer: makes the logits.
         hidden: (tokens, hidden).
         labels: (tokens,) int64, none ignored.
-        kernels: take Liger-Kernel's, which makes the same loss in fewer passes; None: on a GPU where it is installed.
     """
-    liger = liger_cross_entropy() if kernels or (kernels is None and hidden.is_cuda) else None
-    loss: Tensor
-    if liger is None or layer.cap is not None or layer.divisor != 1 or layer.factor != 1:  # compared without these
-        loss = ChunkedCrossEntropy.apply(hidden, layer.weight, layer.bias, labels, layer)  # type: ignore[no-untyped-call]
-        return loss
-    found = liger.apply(
-        hidden, layer.weight, labels, layer.bias, None, IGNORED, 0.0, 0.0, "sum", None, False, torch.float32
-    )
-    loss = found[0] if isinstance(found, tuple) else found
+    if hidden.is_cuda and layer.cap is None and layer.divisor == layer.factor == 1:
+        found = LIGER.run(lambda: liger_loss(layer, hidden, labels), hidden.device, hidden.dtype)
+        if found is not None:
+            return found
+    return plain_loss(layer, hidden, labels)
+
+
+def plain_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor) -> Tensor:
+    """See `summed_loss`."""
+    loss: Tensor = ChunkedCrossEntropy.apply(hidden, layer.weight, layer.bias, labels, layer)  # type: ignore[no-untyped-call]
     return loss
 
 
-@lru_cache(maxsize=1)
-def liger_cross_entropy() -> Any:
-    """Return Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989), or None where it is not installed."""
-    try:
-        return import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
-    except (ImportError, AttributeError):
-        return None
+def liger_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor) -> Tensor:
+    """See `summed_loss`; of a layer without scale and soft cap (Liger-Kernel, arXiv:2410.10989)."""
+    options = (IGNORED, 0.0, 0.0, "sum", None, False, torch.float32)
+    module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    found = module.LigerFusedLinearCrossEntropyFunction.apply(hidden, layer.weight, labels, layer.bias, None, *options)
+    loss: Tensor = found[0] if isinstance(found, tuple) else found
+    return loss
+
+
+def losses_agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether Liger-Kernel's loss and gradients are those of the plain form, to the rounding of `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).div_(4).to(device, dtype) for rows in (40, 200))
+    labels = torch.randint(0, 200, (40,), generator=generator).to(device)
+    found = []
+    for form in (liger_loss, plain_loss):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = form(OutputLayer(leaves[1], None, None, 1.0, 1.0), leaves[0], labels)
+            found.append((loss, *torch.autograd.grad(2 * loss, leaves)))
+    room = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    return all(torch.allclose(one, other, rtol=room, atol=room) for one, other in zip(*found, strict=True))
+
+
+LIGER = Trial("The loss in chunks is computed", losses_agree, library="liger_kernel")

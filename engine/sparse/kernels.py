@@ -29,16 +29,19 @@ Found = TypeVar("Found")
 class Trial:
     """Whether a kernel is to be trusted: tried at its first use on a device and in a dtype, given up where it fails."""
 
-    def __init__(self, work: str, agrees: Callable[[torch.device, torch.dtype], bool]) -> None:
+    def __init__(
+        self, work: str, agrees: Callable[[torch.device, torch.dtype], bool], *, library: str = "triton"
+    ) -> None:
         """Try nothing yet.
 
         Args:
             work: what the kernel does, for the log.
             agrees: whether it gives the numbers of the plain form on a small case.
+            library: without which there is no kernel, and nothing to say about it.
         """
         self._work, self._agrees = work, agrees
         self._passed: set[tuple[torch.device, torch.dtype]] = set()
-        self._failed = find_spec("triton") is None
+        self._failed = find_spec(library) is None
 
     def passes(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Return whether the kernel may be used."""

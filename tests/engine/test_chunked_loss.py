@@ -142,17 +142,8 @@ def test_a_chunk_holds_so_many_tokens(vocabulary: int, tokens: int) -> None:
 
 IN_THE_INTERPRETER = """
 import torch
-from engine.chunked_loss import OutputLayer, liger_cross_entropy, summed_loss
-
-assert liger_cross_entropy() is not None
-hidden, weight = torch.randn(16, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
-labels = torch.randint(0, 64, (16,))
-found = []
-for kernels in (False, True):
-    loss = summed_loss(OutputLayer(weight, None, None, 1.0, 1.0), hidden, labels, kernels=kernels)
-    found.append((loss, *torch.autograd.grad(2 * loss, (hidden, weight))))
-for plain, fused in zip(*found, strict=True):
-    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+from engine.chunked_loss import losses_agree
+assert losses_agree(torch.device("cpu"), torch.float32)
 """
 
 
