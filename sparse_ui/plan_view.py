@@ -46,8 +46,9 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     except Exception as error:
         message = explain(error, "the plan")
         return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences))
+    elsewhere = '<div class="soft">Start trains on this computer, whatever the plan is for.</div>' if card else ""
     return PlanView(
-        cards.plan_card(plan),
+        cards.plan_card(plan) + elsewhere,
         tuple(plan.remedies[:REMEDY_ROWS]),
         f"{format_percent(plan.num_active / max(1, plan.target_numel))} · {format_count(plan.num_active)} values",
         f"{format_bytes(plan.budget_bytes)} of {format_bytes(plan_device(spec, card or None).total_bytes)}",

@@ -8,6 +8,7 @@ import pytest
 
 from engine import runs
 from engine.events import Evaluated, EventWriter, Sample, Stepped
+from engine.planner.cards import CARDS
 from engine.runs import Run, RunStatus
 from engine.spec import RunSpec
 from sparse_ui.context import AppContext, Settings
@@ -101,6 +102,12 @@ def test_plan_card_shows_the_plan_quickly() -> None:
     assert time.perf_counter() - started < 0.2  # about 0.01 s on an idle core
     assert "fits" in first.card
     assert "values" in first.density_words
+
+
+def test_a_plan_for_another_card_says_where_a_run_would_be() -> None:
+    values = fill_form(SPEC)
+    assert "Start trains on this computer" in view_plan(values, "runs", CARDS[0].name).card
+    assert "Start trains on this computer" not in view_plan(values, "runs").card
 
 
 def test_plan_card_shows_every_problem() -> None:
