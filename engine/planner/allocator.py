@@ -206,13 +206,17 @@ def replay(events: Iterable[Event], limit_bytes: int | None = None) -> Reserved:
     return Reserved(allocator.peak_reserved_bytes, allocator.peak_allocated_bytes, allocator.retries)
 
 
-def least_limit_bytes(events: Sequence[Event], step_bytes: int = LIMIT_STEP_BYTES) -> int:
+def least_limit_bytes(events: Sequence[Event], free: Reserved, step_bytes: int = LIMIT_STEP_BYTES) -> int:
     """Return the least limit, a multiple of `step_bytes`, below which `events` fit.
 
     Searched between the most that is given out and the most that is reserved without a limit; more than one limit may
     separate what fits from what does not, and one of them is found.
+
+    Args:
+        events: as `replay` takes them.
+        free: what `replay` gave for them without a limit.
+        step_bytes: between limits.
     """
-    free = replay(events)
     low, high = -(-free.allocated_bytes // step_bytes), -(-free.reserved_bytes // step_bytes)
     while low < high:
         middle = (low + high) // 2

@@ -44,7 +44,7 @@ from engine.sparse.attach import SparseTuning
 from engine.sparse.base_weight import base_weights, packed_tensors
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.spiel_ag import SpielAG
-from engine.spec import RunSpec
+from engine.spec import BASELINES, RunSpec
 from engine.targets import num_active_of
 from engine.train.control import NeverAsked
 from engine.train.head import HeadedTuning, JoinedOptimizer
@@ -128,10 +128,24 @@ def record(
         label()
         meter.watch_modules(model)
         _mark_phases(trainer, meter.ledger, label)
+        if spec.method in BASELINES:
+            _shorten_first_step(trainer)
         with meter:
             trainer.run()
         label()
     meter.ledger.settle()
+
+
+def _shorten_first_step(trainer: Trainer) -> None:
+    """Let the first step, which chooses nothing and only makes states, have one micro-batch."""
+    whole, write_back = trainer.spec, trainer.tuning.write_back
+
+    def end_of_step() -> None:
+        write_back()
+        trainer.spec = whole
+
+    trainer.spec = whole.model_copy(update={"gradient_accumulation": 1})
+    trainer.tuning.write_back = end_of_step  # type: ignore[method-assign]
 
 
 def _seed_states(tuning: Tuning, optimizer: torch.optim.Optimizer) -> None:

@@ -50,5 +50,5 @@ def replayed(ledger: Ledger) -> Traced:
     """Return what a trace for a GPU adds up to, with the allocator's figures."""
     events = device_events(ledger)
     reserved = replay(events)
-    least = min(least_limit_bytes(events), reserved.reserved_bytes)  # what is reserved is enough
+    least = min(least_limit_bytes(events, reserved), reserved.reserved_bytes)  # what is reserved is enough
     return Traced(add_up(ledger, ROUNDING_BYTES), reserved.allocated_bytes, reserved.reserved_bytes, least)
