@@ -14,6 +14,7 @@ from engine.planner.allocator import (
     last_step,
     least_limit_bytes,
     replay,
+    replay_and_least_limit,
 )
 from engine.planner.ledger import FORWARD, HOST, WRITE_BACK, Ledger
 from engine.units import MIB
@@ -118,6 +119,24 @@ def test_the_least_limit_lies_between_allocated_and_reserved(seed: int) -> None:
     free, least = replay(events), least_limit_bytes(events, MIB)
     assert free.allocated_bytes <= least <= free.reserved_bytes
     assert fits(events, least)
+    assert replay_and_least_limit(events, MIB) == (free, least)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trial_that_goes_on_from_a_copied_state_is_a_whole_one(seed: int) -> None:
+    drawn = random.Random(seed)
+    events, live = [], list[int]()
+    for number in range(300):
+        events.append((number, int(2 ** drawn.uniform(10, 26))))
+        live.append(number)
+        while len(live) > 8:
+            events.append((live.pop(drawn.randrange(len(live))), 0))
+    free, found = replay_and_least_limit(events, MIB)
+    low, high = -(-free.allocated_bytes // MIB), -(-free.reserved_bytes // MIB)
+    while low < high:  # every trial from the beginning
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(events, middle * MIB) else (middle + 1, high)
+    assert (free, found) == (replay(events), high * MIB)
 
 
 def _step(size: int) -> Ledger:
