@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from engine.planner.allocator import device_events, least_limit_bytes, replay
+from engine.planner.allocator import device_events, least_limit_bytes
 from engine.planner.scenario import Scenario
 from engine.planner.stand_in import standing_for
 from engine.planner.storages import StorageMeter
@@ -203,8 +203,7 @@ def least_gib(cell: Cell) -> int:
             for length in LENGTHS:
                 _micro_step(model, length)
     del kept
-    events = device_events(meter.ledger)
-    return least_limit_bytes(events, replay(events), GIB) // GIB
+    return least_limit_bytes(device_events(meter.ledger), GIB) // GIB
 
 
 def _prepare(cell: Cell, meter: StorageMeter) -> tuple[PreTrainedModel, list[Tensor]]:

@@ -9,7 +9,9 @@ a whole go back to the device, and the allocation is tried once more.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.planner.ledger import FORWARD, HOST, WRITE_BACK, Ledger
 from engine.units import MIB
@@ -21,8 +23,10 @@ LARGE_SEGMENT_BYTES = 20 * MIB
 OWN_SEGMENT_BYTES = 10 * MIB  # from here on a block has a segment of its own
 SEGMENT_ROUNDING_BYTES = 2 * MIB
 LIMIT_STEP_BYTES = 16 * MIB  # how finely the least limit is searched
+STATES_KEPT = 16  # of a replay, to go on from
 
 _ADDRESS_BITS = 48
+_ADDRESS_MASK = 2**_ADDRESS_BITS - 1
 
 Event = tuple[int, int]  # storage number, bytes; 0 bytes where it is freed
 
@@ -31,44 +35,47 @@ class LimitReachedError(Exception):
     """An allocation does not fit below the limit, even with all free segments given back."""
 
 
-@dataclass(eq=False, slots=True)
-class Block:
-    """A piece of a segment; `before` and `after` are its neighbours in the same one."""
+class Block(NamedTuple):
+    """A piece of a segment that is given out."""
 
     address: int
     size: int
     small: bool
-    free: bool = True
-    before: "Block | None" = None
-    after: "Block | None" = None
-
-    @property
-    def whole_segment(self) -> bool:
-        """Whether the segment is not split."""
-        return self.before is None and self.after is None
 
 
-@dataclass
 class _Pool:
     """The free blocks of one kind, smallest first, at equal size by address: a key is both in one number."""
 
-    keys: list[int] = field(default_factory=list)
-    blocks: dict[int, Block] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.sizes: dict[int, int] = {}  # by where they begin
+        self.begins: dict[int, int] = {}  # by where they end
 
-    def add(self, block: Block) -> None:
-        key = block.size << _ADDRESS_BITS | block.address
-        insort(self.keys, key)
-        self.blocks[key] = block
+    def add(self, address: int, size: int) -> None:
+        insort(self.keys, size << _ADDRESS_BITS | address)
+        self.sizes[address] = size
+        self.begins[address + size] = address
 
-    def remove(self, block: Block) -> None:
-        key = block.size << _ADDRESS_BITS | block.address
-        del self.keys[bisect_left(self.keys, key)]
-        del self.blocks[key]
+    def remove(self, address: int, size: int) -> None:
+        del self.keys[bisect_left(self.keys, size << _ADDRESS_BITS | address)]
+        del self.sizes[address]
+        del self.begins[address + size]
 
-    def take(self, size: int) -> Block | None:
-        """Remove and return the smallest block that is large enough; None where there is none."""
+    def take(self, size: int) -> tuple[int, int] | None:
+        """Remove the smallest block that is large enough; return its address and size, or None where there is none."""
         place = bisect_left(self.keys, size << _ADDRESS_BITS)
-        return self.blocks.pop(self.keys.pop(place)) if place < len(self.keys) else None
+        if place == len(self.keys):
+            return None
+        key = self.keys.pop(place)
+        address, found = key & _ADDRESS_MASK, key >> _ADDRESS_BITS
+        del self.sizes[address]
+        del self.begins[address + found]
+        return address, found
+
+    def copy(self) -> "_Pool":
+        pool = _Pool()
+        pool.keys, pool.sizes, pool.begins = self.keys.copy(), self.sizes.copy(), self.begins.copy()
+        return pool
 
 
 class CachingAllocator:
@@ -82,7 +89,15 @@ class CachingAllocator:
         self.retries = 0  # times that segments were given back because of the limit
         self._pools = {True: _Pool(), False: _Pool()}
         self._given: dict[int, Block] = {}
+        self._segments: dict[int, int] = {}  # sizes by where they begin
         self._next_address = 0
+
+    def copy(self) -> "CachingAllocator":
+        """Return another in the same state."""
+        twin = copy(self)
+        twin._pools = {small: pool.copy() for small, pool in self._pools.items()}
+        twin._given, twin._segments = self._given.copy(), self._segments.copy()
+        return twin
 
     def allocate(self, number: int, num_bytes: int) -> None:
         """Give out a block for storage `number`.
@@ -92,39 +107,47 @@ class CachingAllocator:
         """
         size = max(ROUNDING_BYTES, _up(num_bytes, ROUNDING_BYTES))
         small = size <= SMALL_BYTES
-        block = self._pools[small].take(size) or self._new_segment(size, small)
-        if block.size != size:
-            self._split(block, size)
-        block.free = False
-        self._given[number] = block
-        self.allocated_bytes += block.size
+        pool = self._pools[small]
+        address, found = pool.take(size) or self._new_segment(size)
+        left = found - size
+        if left >= ROUNDING_BYTES if small else left > SMALL_BYTES:
+            pool.add(address + size, left)
+        else:
+            size = found
+        self._given[number] = Block(address, size, small)
+        self.allocated_bytes += size
         if self.allocated_bytes > self.peak_allocated_bytes:
             self.peak_allocated_bytes = self.allocated_bytes
 
     def release(self, number: int) -> None:
-        """Take the block of storage `number` back."""
-        block = self._given.pop(number)
-        self.allocated_bytes -= block.size
-        block.free = True
-        if block.before is not None and block.before.free:
-            block = self._merge(block.before, block, stale=block.before)
-        if block.after is not None and block.after.free:
-            block = self._merge(block, block.after, stale=block.after)
-        self._pools[block.small].add(block)
+        """Take the block of storage `number` back; it merges with free neighbours in its segment."""
+        address, size, small = self._given.pop(number)
+        self.allocated_bytes -= size
+        pool, end = self._pools[small], address + size
+        if address not in self._segments and (begin := pool.begins.get(address)) is not None:
+            pool.remove(begin, address - begin)
+            address = begin
+        if end not in self._segments and (after := pool.sizes.get(end)) is not None:
+            pool.remove(end, after)
+            end += after
+        pool.add(address, end - address)
 
     def give_back(self) -> None:
         """Return every segment that is free as a whole to the device."""
         for pool in self._pools.values():
-            for block in [each for each in pool.blocks.values() if each.whole_segment]:
-                pool.remove(block)
-                self.reserved_bytes -= block.size
+            for address, size in [*pool.sizes.items()]:
+                if self._segments.get(address) == size:
+                    pool.remove(address, size)
+                    del self._segments[address]
+                    self.reserved_bytes -= size
 
     def blocks_given(self) -> list[Block]:
         """Return the blocks that are in use."""
         return [*self._given.values()]
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        segment = _segment_bytes(size)
+    def _new_segment(self, size: int) -> tuple[int, int]:
+        """Take a segment for a block of `size` from the device; return its address and size."""
+        segment, address = _segment_bytes(size), self._next_address
         if self.limit_bytes is not None and self.reserved_bytes + segment > self.limit_bytes:
             self.give_back()
             self.retries += 1
@@ -132,28 +155,9 @@ class CachingAllocator:
                 raise LimitReachedError
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        block = Block(self._next_address, segment, small)
+        self._segments[address] = segment
         self._next_address += segment
-        return block
-
-    def _split(self, block: Block, size: int) -> None:
-        left = block.size - size
-        if left < ROUNDING_BYTES if block.small else left <= SMALL_BYTES:
-            return
-        rest = Block(block.address + size, left, block.small, before=block, after=block.after)
-        if block.after is not None:
-            block.after.before = rest
-        block.after, block.size = rest, size
-        self._pools[block.small].add(rest)
-
-    def _merge(self, left: Block, right: Block, stale: Block) -> Block:
-        """Make one block of two free neighbours; `stale` is the one among the free blocks."""
-        self._pools[stale.small].remove(stale)
-        left.size += right.size
-        left.after = right.after
-        if right.after is not None:
-            right.after.before = left
-        return left
+        return address, segment
 
 
 def _segment_bytes(size: int) -> int:
@@ -198,39 +202,60 @@ def replay(events: Iterable[Event], limit_bytes: int | None = None) -> Reserved:
         LimitReachedError: they do not fit below `limit_bytes`.
     """
     allocator = CachingAllocator(limit_bytes)
+    _run(allocator, events)
+    return _figures(allocator)
+
+
+def _run(allocator: CachingAllocator, events: Iterable[Event]) -> None:
     for number, num_bytes in events:
         if num_bytes:
             allocator.allocate(number, num_bytes)
         else:
             allocator.release(number)
+
+
+def _figures(allocator: CachingAllocator) -> Reserved:
     return Reserved(allocator.peak_reserved_bytes, allocator.peak_allocated_bytes, allocator.retries)
 
 
-def least_limit_bytes(events: Sequence[Event], free: Reserved, step_bytes: int = LIMIT_STEP_BYTES) -> int:
-    """Return the least limit, a multiple of `step_bytes`, below which `events` fit.
+def least_limit_bytes(events: Sequence[Event], step_bytes: int = LIMIT_STEP_BYTES) -> int:
+    """Return the least limit, a multiple of `step_bytes`, below which `events` fit; see `replay_and_least_limit`."""
+    return replay_and_least_limit(events, step_bytes)[1]
 
-    Searched between the most that is given out and the most that is reserved without a limit; more than one limit may
-    separate what fits from what does not, and one of them is found.
 
-    Args:
-        events: as `replay` takes them.
-        free: what `replay` gave for them without a limit.
-        step_bytes: between limits.
+def replay_and_least_limit(events: Sequence[Event], step_bytes: int = LIMIT_STEP_BYTES) -> tuple[Reserved, int]:
+    """Return what the allocator takes for `events` without a limit, and the least limit below which they fit.
+
+    The limit, a multiple of `step_bytes`, is searched between the most that is given out and the most that is reserved
+    without one; more than one limit may separate what fits from what does not, and one of them is found. Until a limit
+    is reached it changes nothing, so each trial goes on from a state of the replay without one that is still below.
     """
-    low, high = -(-free.allocated_bytes // step_bytes), -(-free.reserved_bytes // step_bytes)
+    free, states = CachingAllocator(), list[tuple[int, CachingAllocator]]()
+    span = max(1, -(-len(events) // STATES_KEPT))
+    for start in range(0, len(events), span):
+        states.append((start, free.copy()))
+        _run(free, events[start : start + span])
+    figures = _figures(free)
+    low, high = -(-figures.allocated_bytes // step_bytes), -(-figures.reserved_bytes // step_bytes)
     while low < high:
         middle = (low + high) // 2
-        if fits(events, middle * step_bytes):
+        start, state = next(each for each in reversed(states) if each[1].reserved_bytes <= middle * step_bytes)
+        if _fits(state.copy(), events[start:], middle * step_bytes):
             high = middle
         else:
             low = middle + 1
-    return high * step_bytes
+    return figures, high * step_bytes
 
 
 def fits(events: Iterable[Event], limit_bytes: int) -> bool:
     """Return whether `events` fit below a limit."""
+    return _fits(CachingAllocator(), events, limit_bytes)
+
+
+def _fits(allocator: CachingAllocator, events: Iterable[Event], limit_bytes: int) -> bool:
+    allocator.limit_bytes = limit_bytes
     try:
-        replay(events, limit_bytes)
+        _run(allocator, events)
     except LimitReachedError:
         return False
     return True

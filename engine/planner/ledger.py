@@ -5,8 +5,9 @@ where it was freed. What lies between the birth in a forward and the end in a ba
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 RESIDENT = ("parameters", "values", "indices", "gradients", "optimizer_states")
@@ -132,33 +133,6 @@ class Figures:
         return cls(peak, after, body["phases"], body["host_bytes"])
 
 
-class _Running:
-    """Sums by part while events go by."""
-
-    def __init__(self, ledger: Ledger, rounding: int) -> None:
-        self.ledger, self.parts = ledger, Counter[str]()
-        step = max(1, rounding)
-        self.sizes = [-(-storage.num_bytes // step) * step for storage in ledger.storages]
-        self.total = 0
-
-    def apply(self, event: int) -> None:
-        number = event if event >= 0 else ~event
-        size = self.sizes[number] if event >= 0 else -self.sizes[number]
-        part = self.ledger.storages[number].part
-        self.parts[part] += size
-        if part != HOST:
-            self.total += size
-
-    def moment(self, phase: str, at: int, *, merged: bool) -> Moment:
-        storage = self.ledger.storages[at]
-        parts = dict.fromkeys(PARTS, 0)
-        for part, size in self.parts.items():
-            if part != HOST and size:
-                name = part if part in PARTS or not merged else "transients"
-                parts[name] = parts.get(name, 0) + size
-        return Moment(parts, phase, storage.operation, storage.module)
-
-
 def add_up(ledger: Ledger, rounding: int = ROUNDING_BYTES, host_apart: bool = True) -> Figures:
     """Return what a settled ledger adds up to.
 
@@ -169,40 +143,48 @@ def add_up(ledger: Ledger, rounding: int = ROUNDING_BYTES, host_apart: bool = Tr
     """
     if not host_apart:
         ledger.move(HOST, "transients")
-    running = _Running(ledger, rounding)
-    best, phases, host = (-1, 0, ""), Counter[str](), 0
-    after: Moment | None = None
-    last = ""
+    step = max(1, rounding)
+    sizes = [-(-storage.num_bytes // step) * step for storage in ledger.storages]
+    device, host = (_after_events(ledger, sizes, of_host=of_host) for of_host in (False, True))
+    peak, peak_phase = device.index(max(device)), ""
+    phases, forwards, last = Counter[str](), list[int](), ""
     for phase, span in ledger.spans():
+        most = max(device[span.start : span.stop + 1])
+        phases[phase] = max(phases[phase], most)
+        if span.start < peak <= span.stop:
+            peak_phase = phase
         if last == LOSS and phase == LOSS_BACKWARD:
-            now = running.moment(LOSS, ledger.events[span.start - 1] if span.start else 0, merged=False)
-            after = now if after is None or now.total >= after.total else after
+            forwards.append(span.start)
         last = phase
-        phases[phase] = max(phases[phase], running.total)
-        for place in span:
-            running.apply(ledger.events[place])
-            if running.total > phases[phase]:
-                phases[phase] = running.total
-                if running.total > best[0]:
-                    best = (running.total, place, phase)
-            host = max(host, running.parts[HOST])
+    fullest = max(forwards, key=lambda count: (device[count], count), default=0)
     return Figures(
-        _peak(ledger, rounding, best[1], best[2]), after or _peak(ledger, rounding, 0, ""), dict(phases), host
+        _moment(ledger, sizes, peak, peak_phase),
+        _moment(ledger, sizes, fullest, LOSS, merged=False, largest=0) if fullest else _moment(ledger, sizes, 1, ""),
+        dict(phases),
+        max(host),
     )
 
 
-def _peak(ledger: Ledger, rounding: int, place: int, phase: str) -> Moment:
-    running = _Running(ledger, rounding)
-    live: set[int] = set()
-    for event in ledger.events[: place + 1]:
-        running.apply(event)
-        live.add(event) if event >= 0 else live.discard(~event)
-    event = ledger.events[place]
-    moment = running.moment(phase, event if event >= 0 else ~event, merged=True)
-    groups: Counter[tuple[str, str, str]] = Counter()
-    for number in live:
-        storage = ledger.storages[number]
+def _after_events(ledger: Ledger, sizes: Sequence[int], *, of_host: bool) -> list[int]:
+    """Return the bytes that one of the two memories holds after 0, 1, ... events."""
+    storages = zip(ledger.storages, sizes, strict=True)
+    counted = [size if (storage.part == HOST) == of_host else 0 for storage, size in storages]
+    return [*accumulate((counted[event] if event >= 0 else -counted[~event] for event in ledger.events), initial=0)]
+
+
+def _moment(
+    ledger: Ledger, sizes: Sequence[int], count: int, phase: str, *, merged: bool = True, largest: int = LARGEST
+) -> Moment:
+    """Return what the device holds after `count` events, one at least; merged: what is no part comes and goes."""
+    events = ledger.events[:count]
+    live = {event for event in events if event >= 0} - {~event for event in events if event < 0}
+    parts, groups = dict.fromkeys(PARTS, 0), Counter[tuple[str, str, str]]()
+    for number in sorted(live):
+        storage, size = ledger.storages[number], sizes[number]
         if storage.part != HOST:
-            groups[storage.part, storage.operation, storage.module] += running.sizes[number]
-    largest = tuple((*key, size) for key, size in groups.most_common(LARGEST))
-    return Moment(moment.parts, moment.phase, moment.operation, moment.module, largest)
+            name = storage.part if storage.part in PARTS or not merged else "transients"
+            parts[name] = parts.get(name, 0) + size
+            groups[storage.part, storage.operation, storage.module] += size
+    last = ledger.storages[max(events[-1], ~events[-1])]
+    rows = tuple((*key, size) for key, size in groups.most_common(largest))
+    return Moment(parts, phase, last.operation, last.module, rows)

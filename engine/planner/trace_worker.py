@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from engine.errors import EngineError
 from engine.hardware import Device
-from engine.planner.allocator import device_events, least_limit_bytes, replay
+from engine.planner.allocator import device_events, replay_and_least_limit
 from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
 from engine.planner.trace import no_garbage, trace_events
 from engine.planner.traced import Traced, keep, traced
@@ -48,7 +48,6 @@ def trace_spec(spec: RunSpec, device: Device) -> Traced:
 
 def replayed(ledger: Ledger) -> Traced:
     """Return what a trace for a GPU adds up to, with the allocator's figures."""
-    events = device_events(ledger)
-    reserved = replay(events)
-    least = min(least_limit_bytes(events, reserved), reserved.reserved_bytes)  # what is reserved is enough
+    reserved, least = replay_and_least_limit(device_events(ledger))
+    least = min(least, reserved.reserved_bytes)  # what is reserved is enough
     return Traced(add_up(ledger, ROUNDING_BYTES), reserved.allocated_bytes, reserved.reserved_bytes, least)

@@ -14,6 +14,7 @@ from engine.planner.allocator import (
     last_step,
     least_limit_bytes,
     replay,
+    replay_and_least_limit,
 )
 from engine.planner.ledger import FORWARD, HOST, WRITE_BACK, Ledger
 from engine.units import MIB
@@ -74,13 +75,13 @@ def test_free_segments_go_back_where_the_limit_is_reached() -> None:
     assert replay(events).reserved_bytes == 100 * MIB
     limited = replay(events, 60 * MIB)
     assert (limited.reserved_bytes, limited.retries) == (60 * MIB, 1)
-    assert least_limit_bytes(events, replay(events), MIB) == 60 * MIB
+    assert least_limit_bytes(events, MIB) == 60 * MIB
 
 
 def test_a_split_segment_cannot_go_back() -> None:
     events = [(0, 40 * MIB), (0, 0), (1, 20 * MIB), (2, 60 * MIB)]
     assert not fits(events, 99 * MIB)
-    assert least_limit_bytes(events, replay(events), MIB) == 100 * MIB
+    assert least_limit_bytes(events, MIB) == 100 * MIB
     with pytest.raises(LimitReachedError):
         replay(events, 99 * MIB)
 
@@ -115,9 +116,27 @@ def test_the_least_limit_lies_between_allocated_and_reserved(seed: int) -> None:
         live.append(number)
         while len(live) > 8:
             events.append((live.pop(drawn.randrange(len(live))), 0))
-    free, least = replay(events), least_limit_bytes(events, replay(events), MIB)
+    free, least = replay(events), least_limit_bytes(events, MIB)
     assert free.allocated_bytes <= least <= free.reserved_bytes
     assert fits(events, least)
+    assert replay_and_least_limit(events, MIB) == (free, least)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trial_that_goes_on_from_a_copied_state_is_a_whole_one(seed: int) -> None:
+    drawn = random.Random(seed)
+    events, live = [], list[int]()
+    for number in range(300):
+        events.append((number, int(2 ** drawn.uniform(10, 26))))
+        live.append(number)
+        while len(live) > 8:
+            events.append((live.pop(drawn.randrange(len(live))), 0))
+    free, found = replay_and_least_limit(events, MIB)
+    low, high = -(-free.allocated_bytes // MIB), -(-free.reserved_bytes // MIB)
+    while low < high:  # every trial from the beginning
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(events, middle * MIB) else (middle + 1, high)
+    assert (free, found) == (replay(events), high * MIB)
 
 
 def _step(size: int) -> Ledger:
@@ -144,4 +163,4 @@ def test_steps_of_growing_length_fragment() -> None:
     falling = in_sequence([_step(60 * MIB), _step(50 * MIB), _step(40 * MIB)])
     assert replay(growing).reserved_bytes == 180 * MIB
     assert replay(falling).reserved_bytes == 90 * MIB
-    assert least_limit_bytes(growing, replay(growing), MIB) == 90 * MIB
+    assert least_limit_bytes(growing, MIB) == 90 * MIB
