@@ -62,14 +62,31 @@ def selection_moments(work: Workload) -> list[Moment]:
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
         steps = Pass(work, "gathering", work.summed_bytes).moments() if work.on_cpu else []
-        own = formulas.candidates_bytes(count) if method == "spiel-ag" else 0  # not there before they are chosen
-        top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False, left=own) + together
-        top += work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel
-        steps.append(Moment("selection", 0, top, {"gradients": own}))
+        steps.append(_chosen_by_sums(work, together))
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded
     return [Moment("selection", step.saved, step.transient, {**step.without, **without}) for step in steps]
+
+
+def _chosen_by_sums(work: Workload, together: int) -> Moment:
+    """The choice in the last of the largest targets, beside what those before it left; `together`: of one budget."""
+    (numel, count), spec = work.largest, work.spec
+    rest = sum(work.active[name] for name in work.yet_to_choose)
+    if spec.method == "spiel-ag":
+        left, missing = formulas.candidates_bytes(count), {"gradients": formulas.candidates_bytes(rest)}
+    else:
+        kept = spec.method == "sift" and work.selection_micro_steps <= spec.gradient_accumulation * spec.num_processes
+        left = formulas.gradients_bytes(count) if kept else 0
+        missing = {"gradients": formulas.gradients_bytes(rest if kept else work.num_active)}
+        if spec.reselection_period is None:  # else the entries are there from the choice before
+            left += work.placed_bytes(work.targets.largest)
+            missing |= {"indices": work.indices_of(work.yet_to_choose), "values": work.kept_bytes(rest)}
+    if spec.allocation == "global":  # none is placed before all are scored
+        left, missing = 0, {}
+    top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False, left=left) + together
+    top += work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel
+    return Moment("selection", 0, top, missing)
 
 
 def host_bytes(work: Workload) -> int:

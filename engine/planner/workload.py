@@ -67,6 +67,15 @@ class Workload:
         return self.numels[self.targets.largest], self.active[self.targets.largest]
 
     @property
+    def yet_to_choose(self) -> tuple[str, ...]:
+        """The targets whose entries are not chosen before those of the last of the largest ones are, itself included.
+
+        Where sums of gradients choose, that is done target by target in their order.
+        """
+        names = [*self.numels]
+        return tuple(names[names.index(self.targets.largest) :])
+
+    @property
     def adapted(self) -> bool:
         """Whether adapters are trained beside the targets."""
         return self.spec.method in ("lora", "ia3")
@@ -206,16 +215,17 @@ class Workload:
         """The positions of the values; a baseline has none."""
         if self.spec.method in BASELINES:
             return 0
-        return self._indices_of(self.numels)
+        return self.indices_of(self.numels)
 
-    def _indices_of(self, names: Iterable[str]) -> int:
+    def indices_of(self, names: Iterable[str]) -> int:
+        """Return the positions of the entries of some targets."""
         active = {name: self.active[name] for name in names}
         widths = {name: self.shape.tensors[name][-1] for name in active} if self.compact else None
         return formulas.indices_bytes(self.numels, active, widths)
 
     def placed_bytes(self, name: str) -> int:
         """Return what the chosen entries of one target take from then on: positions, and what `kept_bytes` says."""
-        return self._indices_of([name]) + self.kept_bytes(self.active[name])
+        return self.indices_of([name]) + self.kept_bytes(self.active[name])
 
     def kept_bytes(self, num_active: int) -> int:
         """Return what `num_active` chosen entries of a dense base keep of it: the entries, split masters in whole."""
@@ -328,5 +338,5 @@ def _sizes_of(shape: ModelShape, targets: str | tuple[str, ...], adapter: Litera
     embedding = any(is_embedding(name) for name in numels)
     lowest = 0 if embedding else min(layers, default=shape.layers)
     plain = () if shape.layout.transposed else (name for name, sizes in tensors.items() if is_linear_layer(name, sizes))
-    largest = max(numels, key=lambda name: numels[name])
+    largest = max(reversed([*numels]), key=lambda name: numels[name])
     return TargetSizes(numels, largest, accumulators, lowest, embedding, frozenset(plain))
