@@ -1,0 +1,103 @@
+"""What the weights of a model take and leave in a backward, worked out once for the many plans with the same ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from engine.planner import formulas
+from engine.planner.adapters import adapter_of
+from engine.planner.blocks import Weights
+from engine.planner.formulas import FP32_BYTES
+from engine.planner.operations import LinearWeight
+from engine.planner.tape import Weight
+from engine.planner.workload import Workload
+from engine.targets import layer_number
+
+Taking = Literal["gathering", "choosing"]
+"""What becomes of dense gradients: the entries' are gathered, or the entries are chosen by them."""
+
+
+class Basis:
+    """What the weights of a pass depend on: not on the micro-batch, the budget or what is recomputed.
+
+    A search asks for hundreds of plans that differ in those alone. `work`: one workload of many.
+    """
+
+    def __init__(self, work: Workload, taking: Taking, first: bool) -> None:
+        """Take a workload, what becomes of dense gradients, and whether the backward finds no gradients."""
+        self.work, self.taking, self.first = work, taking, first
+        spec = work.spec
+        trained = (spec.method, spec.targets, spec.density, spec.num_trainable, spec.lora_rank)
+        kept = (work.setting.element_bytes, spec.quantization, spec.optimizer_states, spec.chunked_loss)
+        self._key = (work.shape, trained, kept, bool(spec.probe_interval), taking, first)
+
+    def __hash__(self) -> int:
+        """Hash what the weights depend on."""
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the weights are the same."""
+        return isinstance(other, Basis) and self._key == other._key
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the weights of a model take and leave.
+
+    `trained`: of each target that is no adapter's. `outside`: of those outside the blocks. `blocks`: the weights of
+    each block. `left`: what each block leaves, biases and others that no operation names included.
+    """
+
+    trained: Mapping[str, Weight]
+    outside: Mapping[str, Weight]
+    blocks: tuple[Weights, ...]
+    left: tuple[int, ...]
+
+
+@lru_cache(maxsize=16)
+def taken_by(basis: Basis) -> Taken:
+    """Return what the weights take; the same object for an equal basis."""
+    work, first = basis.work, basis.first
+    names = () if work.adapted else work.numels
+    trained = {name: _weight(work, name, basis.taking, first) for name in names}
+    blocks = [
+        tuple((inside, _linear(work, name, trained.get(name), first)) for inside, name in block.items())
+        for block in work.shape.blocks
+    ]
+    alike: dict[Weights, Weights] = {}  # one object for all blocks that are alike
+    blocks = [alike.setdefault(block, block) for block in blocks]
+    left = [sum(trained[name].staying for name in block.values() if name in trained) for block in work.shape.blocks]
+    outside = {name: weight for name, weight in trained.items() if layer_number(name) is None}
+    return Taken(trained, outside, tuple(blocks), tuple(left))
+
+
+def _weight(work: Workload, name: str, taking: Taking, first: bool) -> Weight:
+    """Return what the gradient of a target takes and leaves."""
+    numel, count = work.numels[name], work.active[name]
+    e = work.setting.element_bytes
+    dense = formulas.dense_gradient_bytes(numel, e)
+    if work.spec.method == "full":
+        master = FP32_BYTES * numel if first else 0
+        return Weight(dense, 0 if e == FP32_BYTES else master, master)
+    buffered = work.is_function(name)
+    phase = work.spec.method == "spiel-ag"
+    left = formulas.gradients_bytes(count) if first else 0
+    reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e, by_rows=work.compact)
+    if taking == "choosing":
+        left += formulas.candidates_bytes(count) if phase else work.placed_bytes(name)
+        reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
+        return Weight(dense, reading, left, buffered)
+    if work.spec.probe_interval:
+        reading = max(reading, formulas.probe_bytes(numel, e))
+    return Weight(dense, reading + left, left, buffered)
+
+
+def _linear(work: Workload, name: str, trained: Weight | None, first: bool) -> LinearWeight:
+    numel = work.quantised.get(name, 0)
+    adapter = None
+    if work.adapted and name in work.numels:
+        adapter = adapter_of(work.spec, name, work.shape.tensors[name], first)
+    e = work.setting.element_bytes
+    adding = formulas.adding_bytes(work.active.get(name, 0), e, by_rows=work.compact)
+    return LinearWeight(numel, bool(numel), trained, adapter, adding)
