@@ -67,13 +67,16 @@ def words(kept: Sequence[Kept]) -> str:
 
 
 def choices(spec: RunSpec, family: str, blocks: int) -> Iterator[tuple[Recompute, int | None]]:
-    """Yield the steps open to a run, from all that is kept to the least; the last block's backward finds all there."""
+    """Yield the steps open to a run, from all that is kept to the least.
+
+    The last block's backward comes first: to recompute it too saves something only where the peak comes before it.
+    """
     yield "nothing", None
     if spec.method in SPARSE and family in KNOWN_FAMILIES:
         yield "elementwise", None
         yield from (("mlp", count) for count in range(1, blocks))
     if not spec.gradient_checkpointing:
-        yield from (("blocks", count) for count in range(1, blocks))
+        yield from (("blocks", count) for count in range(1, blocks + 1))
 
 
 def resolved(spec: RunSpec, family: str, blocks: int, fits: Callable[[RunSpec], bool]) -> RunSpec:

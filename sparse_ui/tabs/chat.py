@@ -107,7 +107,7 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     def answer(
         run_id: str | None, text: str, limit: float, heat: float, left: Messages, right: Messages
     ) -> Iterator[Any]:
-        yield from _answer(context, run_id, text, (int(limit), heat), left, right)
+        yield from _answer(context, run_id, text, (int(limit), float(heat)), left, right)
 
     @guarded("changing the run")
     def change_run(chosen: str | None) -> list[Any]:

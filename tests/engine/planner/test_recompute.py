@@ -39,10 +39,10 @@ def test_an_adapter_or_an_unknown_family_keeps_all_of_a_block() -> None:
         assert {level for level, _ in choices(spec, family, 2)} == {"nothing", "blocks"}
 
 
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", range(7))
 def test_auto_is_the_first_step_that_fits(place: int) -> None:
     steps = list(choices(_spec(), "llama", 3))
-    assert len(steps) == 6
+    assert len(steps) == 7
 
     def fits(spec: RunSpec) -> bool:
         return steps.index((spec.recompute, spec.recompute_blocks)) >= place
@@ -58,7 +58,8 @@ def test_each_step_takes_less_memory_than_the_one_before(config_folder: Callable
         estimate(_spec(folder, recompute=level, recompute_blocks=count, chunked_loss=True), shape, CARD).peak_bytes
         for level, count in choices(_spec(), shape.family, shape.layers)
     ]
-    assert all(later < earlier for earlier, later in pairwise(peaks))
+    assert all(later < earlier for earlier, later in pairwise(peaks[:-1]))
+    assert peaks[-1] <= peaks[-2]
 
 
 def test_auto_recomputes_as_little_as_fits(config_folder: Callable[..., str]) -> None:
