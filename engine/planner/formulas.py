@@ -6,6 +6,7 @@ at a time, the write-back's temporaries, and what the selection reads.
 """
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 
 from engine.units import MIB
 
@@ -16,7 +17,8 @@ MOST_COLUMNS = 2**16  # that 2 bytes tell apart
 
 # Measured on the CPU build of torch 2.13 with transformers 5.23, datasets 5.2 and peft 0.21 on Linux x86-64: resident
 # memory of a worker that imported them, read the bundled dataset and loaded the bundled model, less that model.
-HOST_PROCESS_BYTES = 512 * MIB
+# Where Triton is installed they import it.
+HOST_PROCESS_BYTES = 512 * MIB + (76 * MIB if find_spec("triton") else 0)
 # A CUDA context with its kernels takes 450 +- 150 MiB, by driver and card; measured only by starting one.
 CUDA_CONTEXT_BYTES = 450 * MIB
 # cuBLAS keeps one workspace a stream and a thread that calls it: the forward's and the backward's. 8.125 MiB each up to

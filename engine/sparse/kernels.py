@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.sparse.base_weight import NF4Weight, quantise_nf4
+from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
 
 _LOG = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know; sums are in fp32
@@ -74,7 +74,7 @@ def sampled_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         x: (tokens, in_features), same dtype.
         positions: (n,) flat positions in any order; those of a kernel are better in order.
     """
-    if samples_by_kernel(x.device, x.dtype):
+    if x.device.type == "cuda" and x.dtype in FLOATS:
         found = PRODUCTS.run(lambda: _kernel_products(grad_y, x, positions), x.device, x.dtype)
         if found is not None:
             return found
@@ -114,10 +114,12 @@ def rebuild_nf4(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype
         dtype: of the result; sums are in the dtype of the values.
     """
     known = weight.dtype == dtype and all(values.dtype == torch.float32 for _, values in changes)
-    if changes and known and rebuilds_by_kernel(weight.device, dtype) and weight.packing is not None:
-        found = REBUILDING.run(lambda: _kernel_rebuild(weight, changes, dtype), weight.device, dtype)
-        if found is not None:
-            return found
+    if changes and known and weight.device.type == "cuda" and dtype in FLOATS:
+        packing = weight.packing
+        if packing is not None:
+            found = REBUILDING.run(lambda: _kernel_rebuild(packing, changes, weight), weight.device, dtype)
+            if found is not None:
+                return found
     return plain_rebuild(weight, changes, dtype)
 
 
@@ -136,13 +138,12 @@ def plain_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dty
     return dense
 
 
-def _kernel_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+def _kernel_rebuild(packing: NF4Packing, changes: Sequence[Change], weight: NF4Weight) -> Tensor:
     from engine.sparse.triton_kernels import rebuild
 
-    dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    assert weight.packing is not None
+    dense = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     with torch.cuda.device_of(dense):
-        rebuild(weight.packing, changes, dense)
+        rebuild(packing, changes, dense)
     return dense
 
 
@@ -164,8 +165,9 @@ def rebuilt_agree(device: torch.device, dtype: torch.dtype) -> bool:
     for part in torch.randperm(shape.numel(), generator=generator)[:600].int().split(400):
         values = 0.01 * torch.randn(part.numel(), generator=generator)
         changes.append((part.sort().values.to(device), values.to(device)))
-    found, plain = (form(weight, changes, dtype) for form in (_kernel_rebuild, plain_rebuild))
-    return torch.equal(found, plain)
+    packing = weight.packing
+    assert packing is not None, "packed here"
+    return torch.equal(_kernel_rebuild(packing, changes, weight), plain_rebuild(weight, changes, dtype))
 
 
 PRODUCTS = Trial("Gradients of few entries are computed", products_agree)
