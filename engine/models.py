@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,8 +32,15 @@ from engine.spec import RunSpec
 from engine.targets import layer_number
 
 # What transformers calls the layers behind the last block of a classifier.
-HEAD_MODULES = ("classifier", "score", "pre_classifier", "classification_head", "pooler")
-_HEADS = frozenset(HEAD_MODULES) - {"pooler"}  # a pooler that has weights is part of the base
+HEAD_MODULES = (
+    "classifier",
+    "score",
+    "pre_classifier",
+    "classification_head",
+    "pooler",
+    "sequence_summary",
+    "logits_proj",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +59,8 @@ def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     alone = _language_model_alone(spec)
-    model = _load(AutoModelForCausalLM, spec, **_options(spec, device), **alone)
+    attention = _attention(MODEL_FOR_CAUSAL_LM_MAPPING, alone.get("config") or _load(AutoConfig, spec), spec)
+    model = _load(AutoModelForCausalLM, spec, attn_implementation=attention, **_options(spec, device), **alone)
     if alone:  # it is saved under its own names: transformers 5.23 would turn `key_mapping` round, and fails at it
         vars(model).pop("_weight_conversions", None)
     return _placed(model, spec, device)
@@ -78,6 +87,8 @@ def load_classifier(
     options["problem_type"] = "single_label_classification" if labels else "regression"
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {word: at for at, word in enumerate(labels)}}
+    config = _load(AutoConfig, spec)
+    options["attn_implementation"] = _attention(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config, spec)
     with random_state_kept(device), _quiet():
         torch.manual_seed(spec.seed)
         loader, loaded = AutoModelForSequenceClassification, _options(spec, device, HEAD_MODULES)
@@ -85,10 +96,9 @@ def load_classifier(
     absent = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
     if lost := sorted(name for name in absent if layer_number(name) is not None):
         raise ModelError(f"The weights of {spec.model!r} lack {lost[0]!r}. Download the model again.")
-    if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
+    if getattr(model.config, "pad_token_id", None) is None:  # decoders look for the last token that is no padding
         model.config.pad_token_id = padding_id(load_tokenizer(spec))
-    names = [name for name, _ in model.named_parameters()]
-    head = tuple(name for name in names if name in absent or not _HEADS.isdisjoint(name.split(".")))
+    head = tuple(name for name, _ in model.named_parameters() if name in absent or _is_beside_base(model, name))
     return _placed(model, spec, device), head
 
 
@@ -96,10 +106,17 @@ def _options(spec: RunSpec, device: torch.device, dense: Sequence[str] = ()) -> 
     """Return how the weights are loaded; linear layers called as one of `dense` stay dense over NF4."""
     require_weights(spec.model, spec.model_revision)
     dtype = resolve_dtype(spec.dtype, device)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if spec.quantization == "nf4":
         options |= {"quantization_config": nf4_config(dtype, dense), "device_map": {"": device}}
     return options
+
+
+def _attention(classes: Any, config: Any, spec: RunSpec) -> str:
+    """Return the attention of the spec, eager where transformers has no fused one for the class of this config."""
+    found = classes.get(type(config), None)
+    model_class = found[0] if isinstance(found, tuple) else found
+    return spec.attention if model_class is None or model_class._supports_sdpa else "eager"
 
 
 def _placed(model: Any, spec: RunSpec, device: torch.device) -> PreTrainedModel:
@@ -120,7 +137,8 @@ def describe_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     config = _language_model_alone(spec).get("config") or _load(AutoConfig, spec)
-    return _described(AutoModelForCausalLM, config, spec, device)
+    attention = _attention(MODEL_FOR_CAUSAL_LM_MAPPING, config, spec)
+    return _described(AutoModelForCausalLM, config, spec, device, attention)
 
 
 def describe_classifier(spec: RunSpec, device: torch.device) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -135,20 +153,25 @@ def describe_classifier(spec: RunSpec, device: torch.device) -> tuple[PreTrained
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
     config = _load(AutoConfig, spec)
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
     config.problem_type = "single_label_classification"
-    model = _described(AutoModelForSequenceClassification, config, spec, device, HEAD_MODULES)
-    names = [name for name, _ in model.named_parameters()]
-    return model, tuple(name for name in names if not _HEADS.isdisjoint(name.split(".")))
+    attention = _attention(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config, spec)
+    model = _described(AutoModelForSequenceClassification, config, spec, device, attention, HEAD_MODULES)
+    return model, tuple(name for name, _ in model.named_parameters() if _is_beside_base(model, name))
+
+
+def _is_beside_base(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a parameter of a classifier is no part of the base; a pooler inside the base is."""
+    return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _described(
-    loader: Any, config: Any, spec: RunSpec, device: torch.device, dense: Sequence[str] = ()
+    loader: Any, config: Any, spec: RunSpec, device: torch.device, attention: str, dense: Sequence[str] = ()
 ) -> PreTrainedModel:
     dtype = resolve_dtype(spec.dtype, device)
     with torch.device("meta"), no_init_weights():
-        model = loader.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+        model = loader.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()  # with the first numbers left out, so is this
     if spec.quantization == "nf4":
         describe_in_nf4(model, dtype, dense)

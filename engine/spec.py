@@ -440,7 +440,12 @@ class RunSpec(BaseModel):
         ),
     ] = "auto"
     attention: Annotated[
-        Literal["sdpa", "eager"], About("memory", "Attention", "sdpa: fused kernels; eager: plain matrix products.")
+        Literal["sdpa", "eager"],
+        About(
+            "memory",
+            "Attention",
+            "sdpa: fused kernels, where transformers has them for the model's family; eager: plain matrix products.",
+        ),
     ] = "sdpa"
     num_processes: Annotated[
         int,

@@ -68,7 +68,8 @@ def is_linear(name: str, shape: Shape) -> bool:
     stacked = "experts" in parts and parts[-1] != "weight"
     if layer_number(name) is None or parts[-1].endswith("bias") or not (stacked or parts[-1] == "weight"):
         return False
-    if any(word in part for part in parts for word in _NOT_LINEAR):
+    number = next(place for place, part in enumerate(parts) if part.isdigit())
+    if any(word in part for part in parts[number:] for word in _NOT_LINEAR):
         return False
     return len(shape) == 2 or (len(shape) == 3 and stacked)
 

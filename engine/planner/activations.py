@@ -51,7 +51,7 @@ def choose_kernel(
     has one flash-like kernel for all of these, and plain products where there is dropout. Flash on CUDA begins at
     compute capability 8.0 (`sm` 80; 0: unknown).
     """
-    if attention == "eager":
+    if attention == "eager" or not shape.fused_attention:
         return "eager"
     if on_cpu and shape.layout.attention_dropout:
         return "math"

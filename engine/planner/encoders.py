@@ -12,6 +12,7 @@ Shape = tuple[int, ...]
 
 ENCODERS = frozenset(("bert", "roberta", "xlm-roberta", "distilbert"))
 LABELS = 2
+POSITIONS = 512  # where a config says none, as its class takes
 _OUTPUTS = ("lm_head.", "embed_out.", "output.weight")  # over the vocabulary
 
 
@@ -62,7 +63,7 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, Shape]]:
 def _bert(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Shape]]:
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     yield f"{prefix}.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
-    yield f"{prefix}.embeddings.position_embeddings.weight", (config["max_position_embeddings"], hidden)
+    yield f"{prefix}.embeddings.position_embeddings.weight", (config.get("max_position_embeddings", POSITIONS), hidden)
     yield f"{prefix}.embeddings.token_type_embeddings.weight", (config.get("type_vocab_size", 2), hidden)
     yield from _norm(f"{prefix}.embeddings.LayerNorm", hidden)
     for layer in range(config["num_hidden_layers"]):
@@ -85,7 +86,7 @@ def _bert(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Shape]]
 def _distilbert(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
     hidden, ffn = config["dim"], config["hidden_dim"]
     yield "distilbert.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
-    yield "distilbert.embeddings.position_embeddings.weight", (config["max_position_embeddings"], hidden)
+    yield "distilbert.embeddings.position_embeddings.weight", (config.get("max_position_embeddings", POSITIONS), hidden)
     yield from _norm("distilbert.embeddings.LayerNorm", hidden)
     for layer in range(config["n_layers"]):
         block = f"distilbert.transformer.layer.{layer}"

@@ -27,6 +27,17 @@ _FOUR_NORMS = frozenset(("gemma2", "gemma3_text"))
 _FUSED = frozenset(("phi3",))
 # Where config.json does not say whether the output layer is the embedding.
 _TIED_BY_DEFAULT = frozenset(("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3"))
+# Whose class in transformers 5.23 computes its attention by plain products alone.
+WITHOUT_FUSED_ATTENTION = frozenset(
+    (
+        *("big_bird", "bloom", "canine", "codegen", "convbert", "cpmant", "deberta", "deberta-v2", "deepseek_v4"),
+        *("falcon_mamba", "flaubert", "flint", "fnet", "funnel", "gemma2", "git", "got_ocr2", "gpt_neo"),
+        *("gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "hy_v4", "ibert", "inkling2_text"),
+        *("layoutlmv2", "layoutlmv3", "lilt", "longformer", "luke", "mamba", "mamba2", "markuplm", "megatron-bert"),
+        *("mimo_v2_flash", "mpnet", "mpt", "mra", "nystromformer", "openai-gpt", "perceiver", "reformer", "rembert"),
+        *("roformer", "rwkv", "squeezebert", "tapas", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm", "yoso"),
+    )
+)
 # What the config class of a family takes for a number that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {  # transformers 5.23, Gemma3TextConfig; the files of the 4B model rely on it
@@ -39,6 +50,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # The language model inside one that also sees: its place in the files and in the class.
 LANGUAGE_MODEL = r"^(language_model\.model|model\.language_model)\."
+_USUAL_HEAD_DIM = 64  # where a config names no heads, as of models without attention
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
 
 
@@ -73,15 +85,15 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
     """
     outer, config = config, language_config(config)
     family = str(config.get("model_type") or outer.get("model_type") or "unknown")
-    hidden = _whole(config, "hidden_size", "n_embd", "d_model", "dim")
-    heads = _whole(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    hidden = _whole(config, "hidden_size", "n_embd", "d_model", "dim", "emb_dim")
+    heads = _heads(config, family, hidden)
     architectures = config.get("architectures") or outer.get("architectures") or [family]
     tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
     return Numbers(
         family=family,
         architecture=str(architectures[0]),
         hidden=hidden,
-        layers=_whole(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        layers=_layers(config),
         heads=heads,
         kv_heads=_whole(config, "num_key_value_heads", "num_kv_heads", default=heads),
         head_dim=_whole(config, "head_dim", default=hidden // heads),
@@ -94,6 +106,20 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
         experts_per_token=_whole(config, "num_experts_per_tok", "num_experts_per_token", default=0),
         positions=_whole(config, "max_position_embeddings", "n_positions", default=0) or None,
     )
+
+
+def _heads(config: dict[str, Any], family: str, hidden: int) -> int:
+    names = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    known = family in KNOWN_LAYOUTS
+    heads = _whole(config, *names, default=None if known else -(-hidden // _USUAL_HEAD_DIM))
+    if known and hidden % heads and "head_dim" not in config:
+        raise UnknownConfigError("head_dim")
+    return heads
+
+
+def _layers(config: dict[str, Any]) -> int:
+    kinds = config.get("layers_block_type") or config.get("layer_types") or ()  # a name for each layer
+    return _whole(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers", default=len(kinds) or None)
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:

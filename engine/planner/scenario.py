@@ -167,8 +167,10 @@ def _leaves_the_device(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
 
 
 def _hollow(shape: Any, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in main memory that is never written, so that its pages are never there."""
+    """Return a tensor in main memory that is never written, so that its pages are never there; a small one is zeros."""
     tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    if tensor.numel() <= KNOWN_NUMEL:
+        tensor.zero_()  # who reads it finds the same each time
     tensor.hollow = True  # type: ignore[attr-defined]
     return tensor
 

@@ -20,6 +20,7 @@ from engine.planner.encoders import ENCODERS, classifier_tensors, is_head, label
 from engine.planner.families import (
     EXACT_FAMILIES,
     KNOWN_LAYOUTS,
+    WITHOUT_FUSED_ATTENTION,
     Numbers,
     UnknownConfigError,
     as_loaded,
@@ -63,6 +64,7 @@ class ModelShape:
     counted: bool  # whether the tensors are the model's own, or a guess at a family that is not known
     layout: Layout
     positions: int | None = None  # tokens of the longest row the model was made for
+    fused_attention: bool = True  # whether transformers computes it by fused kernels where it may
     classifier: bool = False  # with a head for labels, whose number `vocabulary` then is
 
     @cached_property
@@ -221,6 +223,11 @@ def build_shape(
     Raises:
         ModelError: the config lacks a number that the plan needs.
     """
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{source!r} has an encoder and a decoder ({config.get('model_type')}), which are not trained here. "
+            "Give a causal language model, or with task=classification an encoder."
+        )
     try:
         numbers = read_numbers(config)
     except UnknownConfigError as missing:
@@ -285,6 +292,7 @@ def _shape_of(
         counted=bool(dtype) or numbers.family in KNOWN_LAYOUTS,
         layout=layout,
         positions=numbers.positions,
+        fused_attention=numbers.family not in WITHOUT_FUSED_ATTENTION,
     )
 
 

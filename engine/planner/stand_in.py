@@ -30,16 +30,22 @@ _numpy, _tensor_to, _tensor_cpu, _attention = (
 
 
 def choose_attention(
-    on_cpu: bool, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, grouped: bool
+    on_cpu: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, grouped: bool
 ) -> AttentionKernel:
     """Return the kernel that `scaled_dot_product_attention` of torch 2.13 picks in training (sdp_utils.cpp).
 
     CPU: one flash-like kernel, unless there is dropout. CUDA: flash for 16 bit without a mask; else the
-    memory-efficient kernel, which takes a mask and fp32 but no grouped heads; else matrix products.
+    memory-efficient kernel, which takes a mask and fp32 but no grouped heads; else matrix products. Neither flash takes
+    values of another width than queries and keys. No kernel repeats a head that is not said to be grouped, and that of
+    the CPU has no gradient of the mask.
     """
+    even = query.shape[-1] == value.shape[-1]
+    if not grouped and query.shape[:2] != key.shape[:2]:
+        return "math"
     if on_cpu:
-        return "math" if dropout > 0 else "cpu"
-    if mask is None and query.element_size() == 2 and query.shape[-1] <= _FLASH_HEAD_DIM:
+        learnt = mask is not None and mask.requires_grad
+        return "cpu" if even and not dropout and not learnt else "math"
+    if even and mask is None and query.element_size() == 2 and query.shape[-1] <= _FLASH_HEAD_DIM:
         return "flash"
     return "math" if grouped and query.shape[1] != key.shape[1] else "efficient"
 
@@ -57,7 +63,7 @@ def attend(
 ) -> Tensor:
     """Do what `scaled_dot_product_attention` does by the kernel of the target; returns (rows, heads, length, dim)."""
     attended: Tensor
-    kernel = choose_attention(on_cpu, query, key, attn_mask, dropout_p, enable_gqa)
+    kernel = choose_attention(on_cpu, query, key, value, attn_mask, dropout_p, enable_gqa)
     if kernel == "math":
         attended = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return attended

@@ -6,6 +6,10 @@ mostly for less work: where only a few entries of the gradient are wanted, only 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dis import Instruction, get_instructions
+from functools import lru_cache
+from inspect import isfunction, unwrap
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +69,9 @@ class SparseDeltaLinear(torch.autograd.Function):
         """Multiply; keeps x alone for the backward, or what `recipe` makes it of."""
         ctx.save_for_backward(*recipe.inputs)
         ctx.entry, ctx.sink, ctx.again = entry, sink, recipe.again
-        return functional.linear(x, rebuild_weight(entry, x.dtype), bias)
+        y = functional.linear(x, rebuild_weight(entry, x.dtype), bias)
+        # A view made in a function of one's own could not be changed in place, as some families do with their queries.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
@@ -105,17 +111,38 @@ class LinearFunctions:
 def plain_linear_weights(model: nn.Module, entries: Sequence[ActiveEntries]) -> list[ActiveEntries]:
     """Return those of `entries` that `LinearFunctions` can train: NF4 weights, and those of plain linear layers.
 
-    A weight that several layers share, a subclass with a forward of its own, or a layer whose forward was replaced is
-    left to the hooks, which work wherever a weight is used.
+    A weight that several layers share or that a method of the module around it reads itself, a subclass with a forward
+    of its own, or a layer whose forward was replaced is left to the hooks, which work wherever a weight is used.
     """
     users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     found = []
     for entry in entries:
-        module = model.get_submodule(entry.name.rpartition(".")[0])
+        layer = entry.name.rpartition(".")[0]
+        module, around = model.get_submodule(layer), model.get_submodule(layer.rpartition(".")[0])
         plain = type(module) is nn.Linear and entry.weight is module.weight and "forward" not in vars(module)
+        plain = plain and layer.rpartition(".")[2] not in _layers_read_by(type(around))  # type: ignore[arg-type]
         if isinstance(entry.weight, NF4Weight) or (plain and users[id(entry.weight)] == 1):
             found.append(entry)
     return found
+
+
+@lru_cache(maxsize=256)
+def _layers_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the layers whose `weight` a module of this class reads itself, `self.dt_proj.weight`, by its code.
+
+    Such a layer's forward may never run: Mamba's mixer multiplies with the weight of `dt_proj`.
+    """
+    found = set()
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for method in vars(owner).values():
+            if isfunction(method):
+                steps = pairwise(get_instructions(unwrap(method)))
+                found |= {layer.argval for layer, part in steps if part.argval == "weight" and _are_read(layer, part)}
+    return frozenset(found)
+
+
+def _are_read(*steps: Instruction) -> bool:
+    return all(step.opname == "LOAD_ATTR" for step in steps)
 
 
 def _forward(module: nn.Module, entry: ActiveEntries, sink: FactorSink | None) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,8 @@ def checkpoint_blocks(model: PreTrainedModel, spec: RunSpec) -> None:
     kept = kept_by_model(spec, model)
     for name, module in model.named_modules():
         layer = layer_number(f"{name}.")
-        if isinstance(module, GradientCheckpointingLayer) and layer is not None and not kept[layer].inside:
+        inner = layer is None or layer >= len(kept) or kept[layer].inside  # of a tower beside the blocks as well
+        if isinstance(module, GradientCheckpointingLayer) and not inner:
             way = _offloaded if spec.offload_activations else partial(checkpoint, use_reentrant=False)
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = way  # type: ignore[assignment]

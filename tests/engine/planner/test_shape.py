@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from engine.errors import HubUnreachableError, ModelError
+from engine.planner.families import WITHOUT_FUSED_ATTENTION
 from engine.planner.shape import has_weights, read_shape, require_weights, resolve_model
 
 FAMILIES = (
@@ -31,6 +38,7 @@ FAMILIES = (
     "mixtral",
     "qwen3_moe",
 )
+WITH_A_DECODER = {"bigbird_pegasus", "mvp", "prophetnet", "t5gemma", "trocr"}  # beside an encoder: not trained here
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -150,7 +158,35 @@ def test_what_is_no_model_says_why(tmp_path: Path, config_folder: Callable[..., 
         resolve_model(config_folder(), "main")
     with pytest.raises(ModelError, match="no usable num_hidden_layers"):
         read_shape(config_folder(num_hidden_layers=None))
+    with pytest.raises(ModelError, match="no usable head_dim"):  # no class of transformers could be built of it
+        read_shape(config_folder(num_attention_heads=7))
+    with pytest.raises(ModelError, match="has an encoder and a decoder"):
+        read_shape(config_folder(model_type="t5", is_encoder_decoder=True))
     assert resolve_model("owner/name") == "owner/name"
+
+
+def test_a_config_may_leave_out_what_its_class_knows(tmp_path: Path, config_folder: Callable[..., str]) -> None:
+    config = json.loads(AutoConfig.for_model("bert").to_json_string(use_diff=False))
+    shapes = []
+    for name, body in (("whole", config), ("short", {**config, "max_position_embeddings": None})):
+        folder = tmp_path / name
+        folder.mkdir()
+        kept = {key: value for key, value in body.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+        shapes.append(read_shape(str(folder), task="classification"))
+    assert dict(shapes[0].tensors) == dict(shapes[1].tensors)
+    mamba = read_shape(config_folder(model_type="mamba", num_attention_heads=None, num_key_value_heads=None))
+    assert mamba.heads * mamba.head_dim == mamba.hidden
+
+
+def test_families_without_fused_attention_are_those_whose_classes_have_none() -> None:
+    found = set()
+    for classes in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
+        for config, model in classes.items():
+            kind = model[0] if isinstance(model, tuple) else model
+            if not kind._supports_sdpa:
+                found.add(config.model_type)
+    assert found - WITH_A_DECODER == WITHOUT_FUSED_ATTENTION
 
 
 @pytest.mark.parametrize("content", [b"", b"{", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]"])

@@ -13,6 +13,9 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LongformerConfig,
+    LongformerModel,
+    MambaConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -58,8 +61,18 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
         experts_implementation="eager",  # the grouped product knows no fp64
     ),
     "roberta": _roberta,
+    "mamba": lambda: AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=8)
+    ),
 }
-LINEAR_ONLY = ("llama", "qwen2", "qwen3", "gemma2", "roberta")  # the others hold Conv1D or stacked experts: hook only
+LINEAR_ONLY = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "roberta",
+    "mamba",
+)  # the others hold Conv1D or stacked experts: hook only
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -127,6 +140,15 @@ def test_functions_agree_with_hooks(family: str) -> None:
     for left, right in zip(_sparse(model, functions=False).entries, _sparse(twin, functions=True).entries, strict=True):
         assert torch.equal(left.placed, right.placed), left.name
         torch.testing.assert_close(left.values, right.values, atol=1e-12, rtol=0)
+
+
+def test_queries_that_are_scaled_in_place_train() -> None:
+    settings = {name: value for name, value in SMALL.items() if name not in ("num_key_value_heads", "head_dim")}
+    model = LongformerModel(LongformerConfig(**settings, attention_window=8, hidden_dropout_prob=0.0)).double()
+    tuning = attach(model, RunSpec(model="tiny", method="random", density=DENSITY))
+    model(input_ids=_batches()[0]).last_hidden_state.square().sum().backward()
+    queries = [entry for entry in tuning.entries if entry.name.endswith("self.query.weight")]
+    assert all(entry.values.grad is not None and entry.values.grad.any() for entry in queries)
 
 
 def test_targets_are_the_linear_layers_of_each_family() -> None:
