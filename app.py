@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     while not ended.wait(1.0):  # a wait without end would keep Python from handling the signal on some systems
         pass
     context.chat.close()
+    context.tracer.close()
     if (live := context.live_run()) is not None:
         print(f"Run {live.id} goes on without the app; start the app again to see it.", flush=True)
     return 0

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from engine.hardware import list_gpus, resolve_device
 from engine.plan_text import print_fit, print_plan
 from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
-from engine.planner.plan import make_plan, plan_device
 from engine.presets import find_spec_file
 from engine.progress import chat_in_terminal, follow, print_runs
 from engine.spec import RunSpec, about
 from engine.spec_io import apply_overrides, load_values, parse_spec
-from engine.tracer import trace_once
+from engine.tracer import plan_by_trace
 from engine.units import format_bytes
 
 
@@ -141,10 +139,7 @@ def _plan(options: argparse.Namespace) -> int:
     card = options.card or _absent_card(spec)
     if options.fit or options.largest:
         return print_fit(spec, card, options.largest, as_json=options.json)
-    plan = make_plan(spec, card=card)
-    if not plan.exact:
-        failure = trace_once(plan.settle(spec), plan_device(spec, card))
-        plan = replace(plan, note=f"{plan.note} {failure}") if failure else make_plan(plan.settle(spec), card=card)
+    plan = plan_by_trace(spec, card=card)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:

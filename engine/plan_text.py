@@ -6,11 +6,12 @@ from dataclasses import asdict
 from engine.errors import BudgetError
 from engine.hardware import Device
 from engine.planner.estimate import estimate
-from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit, fit_spec, largest
+from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit, largest
 from engine.planner.plan import Plan, fit_sentence, plan_device, plan_table, with_time
-from engine.planner.shape import ModelShape, read_shape
+from engine.planner.traced_plan import planned_shape
 from engine.spec import RunSpec, about
 from engine.spec_io import dump_spec
+from engine.tracer import Tracer
 from engine.units import format_bytes, format_duration
 
 
@@ -67,9 +68,9 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
         BudgetError: nothing makes it fit.
     """
     device = plan_device(spec, card)
-    shape = read_shape(spec.model, spec.model_revision, spec.task)
-    fit = fit_spec(spec, shape, device) if field is None else _largest_fit(field, spec, shape, device)
-    shape = read_shape(fit.spec.model, fit.spec.model_revision, spec.task)
+    with Tracer() as tracer:
+        fit = tracer.fit(spec, device) if field is None else _largest_fit(field, spec, device)
+    shape = planned_shape(fit.spec, device)
     plan = with_time(fit.plan, fit.spec, shape, device)
     most = {} if field else {name: largest(name, fit.spec, shape, device) for name in LARGEST_FIELDS}
     if as_json:
@@ -94,13 +95,13 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
     return 0
 
 
-def _largest_fit(field: Field, spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
-    found = largest(field, spec, shape, device)
+def _largest_fit(field: Field, spec: RunSpec, device: Device) -> Fit:
+    found = largest(field, spec, planned_shape(spec, device), device)
     if found is None:
         raise BudgetError(f"No {about(field).label.lower()} fits with the rest as it is. Use --fit.")
     changes = {field: found} | ({"model_revision": None} if field == "model" else {})
     fitted = spec.model_copy(update=changes)
-    plan = estimate(fitted, read_shape(fitted.model, fitted.model_revision, spec.task), device)
+    plan = estimate(fitted, planned_shape(fitted, device), device)
     change = Change(field, about(field).label, getattr(spec, field), found, "the largest that fits")
     return Fit(fitted, plan, (change,))
 

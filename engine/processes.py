@@ -9,6 +9,7 @@ from typing import IO, Any
 from engine.hub import hub_online
 from engine.units import MIB
 
+STOP_TIMEOUT_S = 5.0  # for a process to end by itself
 PROJECT = Path(__file__).resolve().parent.parent
 
 

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import EngineError, RunError, WorkerError
-from engine.planner.plan import make_plan, require_fit
+from engine.planner.plan import require_fit
 from engine.planner.shape import require_weights
-from engine.processes import child_process, command_of, training_command, training_environment, worker_environment
+from engine.processes import (
+    STOP_TIMEOUT_S,
+    child_process,
+    command_of,
+    training_command,
+    training_environment,
+    worker_environment,
+)
 from engine.runs import (
     Run,
     RunStatus,
@@ -32,10 +39,10 @@ from engine.runs import (
     write_status,
 )
 from engine.spec import RunSpec
+from engine.tracer import plan_by_trace
 
 Side = Literal["base", "tuned"]
 START_TIMEOUT_S = 300.0  # a first import of torch from a slow disk takes a minute; a worker that dies is seen at once
-STOP_TIMEOUT_S = 5.0
 
 
 def start_worker(run: Run) -> int:
@@ -92,7 +99,7 @@ def start_run(spec: RunSpec) -> Run:
         ModelError: the model cannot be found, or has no weights.
         EngineError: the spec is wrong, or the worker does not start.
     """
-    plan = make_plan(spec)
+    plan = plan_by_trace(spec)
     require_fit(plan)
     require_weights(spec.model, spec.model_revision)
     run = create_run(spec, plan.to_dict())

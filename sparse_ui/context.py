@@ -6,6 +6,7 @@ from typing import Literal
 
 from engine import runs
 from engine.runs import Run
+from engine.tracer import Tracer
 from sparse_ui.chat_desk import ChatDesk
 from sparse_ui.errand_desk import ErrandDesk
 from sparse_ui.history import HistoryReader
@@ -30,6 +31,7 @@ class AppContext:
     reader: HistoryReader = field(default_factory=HistoryReader)
     chat: ChatDesk = field(default_factory=ChatDesk)
     errands: ErrandDesk = field(default_factory=ErrandDesk)
+    tracer: Tracer = field(default_factory=Tracer)
 
     def list_runs(self) -> list[Run]:
         """Return the runs, newest first."""

@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.planner.estimate import estimate
-from engine.planner.fit import LARGEST_FIELDS, fit_spec, largest
+from engine.planner.fit import LARGEST_FIELDS, largest
 from engine.planner.plan import Plan, Remedy, make_plan, plan_device
-from engine.planner.shape import read_shape
+from engine.planner.traced import why_untraced
+from engine.planner.traced_plan import planned_shape
 from engine.spec import RunSpec, about
+from engine.tracer import Tracer
 from engine.units import format_bytes, format_count, format_percent
 from sparse_ui import cards, form
 from sparse_ui.fields import word_of
 from sparse_ui.messages import explain
 
 REMEDY_ROWS = 3
+TRACING = "A step of this model's own code is being traced; exact figures come in a moment."
+ELSEWHERE = "Start trains on this computer, whatever the plan is for."
 _LENGTHS = 6  # columns of the map of what fits
 _BATCHES = (1, 2, 4, 8)
 
@@ -42,13 +46,14 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     try:
         spec = form.read_form(values, output)
         plan = make_plan(spec, card=card or None)
-        fits = _fits_map(spec, plan, card)
+        fits = _fits_map(spec, card)
+        pending = _is_pending(spec, plan, card)
     except Exception as error:
         message = explain(error, "the plan")
         return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences))
-    elsewhere = '<div class="soft">Start trains on this computer, whatever the plan is for.</div>' if card else ""
+    said = [TRACING] * pending + [ELSEWHERE] * bool(card)
     return PlanView(
-        cards.plan_card(plan) + elsewhere,
+        cards.plan_card(plan) + "".join(f'<div class="soft">{words}</div>' for words in said),
         tuple(plan.remedies[:REMEDY_ROWS]),
         f"{format_percent(plan.num_active / max(1, plan.target_numel))} · {format_count(plan.num_active)} values",
         f"{format_bytes(plan.budget_bytes)} of {format_bytes(plan_device(spec, card or None).total_bytes)}",
@@ -65,21 +70,23 @@ class FitView:
     changes: dict[str, Any] | None = None
 
 
-def view_fit(values: Sequence[Any], output: str, card: str = "") -> FitView:
+def view_fit(values: Sequence[Any], output: str, tracer: Tracer, card: str = "") -> FitView:
     """Return the changes that make the form's run fit, as a list, or what is the most that fits where it does.
 
     Args:
         values: in the order of `form.WIDGETS`.
         output: the folder for runs.
+        tracer: asked about families that the closed forms do not know.
         card: to plan for; empty: this computer.
     """
     try:
         spec = form.read_form(values, output)
-        device, shape = plan_device(spec, card or None), read_shape(spec.model, spec.model_revision, spec.task)
-        fit = fit_spec(spec, shape, device)
+        device = plan_device(spec, card or None)
+        fit = tracer.fit(spec, device)
     except Exception as error:
         return FitView(cards.callout(explain(error, "fitting the run").sentences))
     if not fit.changes:
+        shape = planned_shape(spec, device)
         most = {name: largest(name, spec, shape, device) for name in LARGEST_FIELDS}
         return FitView(cards.most_that_fits([(about(name).label, _figure(most[name])) for name in LARGEST_FIELDS]))
     lines = [
@@ -100,8 +107,16 @@ def _figure(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else word_of(str(value))
 
 
-def _fits_map(spec: RunSpec, plan: Plan, card: str) -> str:
-    device, shape = plan_device(spec, card or None), read_shape(spec.model, spec.model_revision, spec.task)
+def _is_pending(spec: RunSpec, plan: Plan, card: str) -> bool:
+    """Return whether a trace will tell more: of a family that the closed forms do not know, not traced yet."""
+    if plan.exact or plan.traced:
+        return False
+    return not why_untraced(plan.settle(spec), plan_device(spec, card or None))
+
+
+def _fits_map(spec: RunSpec, card: str) -> str:
+    device = plan_device(spec, card or None)
+    shape = planned_shape(spec, device)
     first = max(8, spec.sequence_length // 4)
     lengths = sorted({spec.sequence_length, *(first * 2**power for power in range(_LENGTHS))})
     rows = []

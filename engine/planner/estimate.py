@@ -51,8 +51,8 @@ class Plan:
     operations of one optimizer step, over `rows` rows of `tokens` tokens together. `step_s` and `run_s`: seconds, where
     `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the selection, or
     states and inputs kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
-    family of models; `note` says so where they were not. Of several processes the memory is that of each, all else that
-    of the run, and `exchanged_bytes` is what each gives to the others in a step.
+    family of models, `traced`: whether the figures are those of a trace; `note` says so. Of several processes the
+    memory is that of each, all else that of the run, and `exchanged_bytes` is what each gives to the others in a step.
     """
 
     parts: dict[str, int]
@@ -69,6 +69,7 @@ class Plan:
     target_numel: int
     host_bytes: int
     exact: bool
+    traced: bool
     note: str
     parts_after_forward: dict[str, int]
     reserved_bytes: int
@@ -105,15 +106,18 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total)
+    saved, transient, kept = (
+        int(shape.moving * size) for size in (moment.saved, moment.transient, after_forward_bytes(work))
+    )
     surroundings = _surroundings(device, work)
-    after = resident | {"saved_activations": after_forward_bytes(work), "transients": 0} | surroundings
+    after = resident | {"saved_activations": kept, "transients": 0} | surroundings
     parts = {part: size - moment.without.get(part, 0) for part, size in resident.items()}
-    parts |= {"saved_activations": moment.saved, "transients": moment.transient} | surroundings
+    parts |= {"saved_activations": saved, "transients": transient} | surroundings
     peak, budget = sum(parts.values()), budget_bytes_of(spec.budget_gib, device, spec.num_processes)
     staying = sum(parts[name] for name in resident)
-    lower, upper = _bounds(work, staying, moment.saved + moment.transient, device, sum(surroundings.values()))
+    lower, upper = _bounds(work, staying, saved + transient, device, sum(surroundings.values()))
     allocated, trained = peak - parts["context"], staying - parts["parameters"]
-    least = formulas.minimum_bytes(allocated, moment.saved, moment.transient, trained)
+    least = formulas.minimum_bytes(allocated, saved, transient, trained)
     upper = upper if work.on_cpu else max(upper, least + parts["context"])
     rows = spec.micro_batch_size * spec.gradient_accumulation * spec.num_processes
     return Plan(
@@ -131,9 +135,10 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
         target_numel=sum(work.numels.values()),
         host_bytes=0 if work.on_cpu else host_bytes(work),
         exact=shape.exact,
+        traced=False,
         note=_note(shape),
         parts_after_forward=after,
-        reserved_bytes=formulas.reserved_bytes(allocated, moment.transient, trained),
+        reserved_bytes=formulas.reserved_bytes(allocated, transient, trained),
         minimum_bytes=least,
         flops=step_flops(work),
         rows=rows,

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
+MOVING = ("saved_activations", "transients")
+MOVING = ("saved_activations", "transients")
 RESIDENT = ("parameters", "values", "indices", "gradients", "optimizer_states")
-PARTS = (*RESIDENT, "saved_activations", "transients", "workspace")
+PARTS = (*RESIDENT, *MOVING, "workspace")
 LOGITS = "logits"  # told apart from the saved activations, which the paper's figure is without
 HOST = "host"  # in main memory beside a run on a GPU
 FORWARD, LOSS, LOSS_BACKWARD, BACKWARD = "forward", "loss", "backward of the loss", "backward"

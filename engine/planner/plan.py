@@ -8,8 +8,8 @@ from engine.planner.calibration import calibrated, rate_for
 from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
-from engine.planner.shape import ModelShape, read_shape
-from engine.planner.traced_plan import with_trace
+from engine.planner.shape import ModelShape
+from engine.planner.traced_plan import planned_shape, with_trace
 from engine.planner.workload import dtype_of
 from engine.spec import BASELINES, RunSpec
 from engine.units import format_bytes
@@ -66,10 +66,8 @@ def make_plan(
         TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
         DeviceError: the device is not here, or there is no such card.
     """
-    device = plan_device(spec, card)
-    shape = read_shape(spec.model, spec.model_revision, spec.task)
-    if longest_row is not None:
-        spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, longest_row)})
+    device, spec = plan_device(spec, card), cut_rows(spec, longest_row)
+    shape = planned_shape(spec, device)
     plan = with_time(estimate(spec, shape, device), spec, shape, device)
     if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
         raise TargetsError(
@@ -77,9 +75,16 @@ def make_plan(
             f"{spec.num_trainable:,}. Lower it, or name more targets."
         )
     spec = plan.settle(spec)
-    if with_remedies:
-        plan = replace(plan, remedies=find_remedies(spec, shape, device, plan))
-    return plan if shape.exact else with_trace(plan, spec, device)
+    if not shape.exact:
+        plan = with_trace(plan, spec, device)
+    return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
+
+
+def cut_rows(spec: RunSpec, longest_row: int | None) -> RunSpec:
+    """Return `spec` with rows no longer than the dataset's longest, tokens, where that is known."""
+    if longest_row is None or longest_row >= spec.sequence_length:
+        return spec
+    return spec.model_copy(update={"sequence_length": longest_row})
 
 
 def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> Plan:

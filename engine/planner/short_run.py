@@ -11,6 +11,7 @@ from engine.spec import SPIEL_METHODS, RunSpec
 STEPS = 2
 RESELECTION = 2  # steps from a choice to the next, where a run chooses anew
 PLENTY_GIB = 2.0**20  # of main memory, so that entries are chosen in one pass over the micro-batches
+TOKEN = 3  # that pads in no family
 MICRO_STEPS = 2  # the second finds gradients of the first
 
 
@@ -40,7 +41,7 @@ def rows(spec: RunSpec, padded: bool) -> Examples | LabelledExamples:
     examples, labelled = Examples(), LabelledExamples()
     for number in range(spec.micro_batch_size * spec.gradient_accumulation):
         length = spec.sequence_length // 2 if padded and number % 2 else spec.sequence_length
-        ids = np.ones(length, np.int32)
+        ids = np.full(length, TOKEN, np.int32)
         examples.append(Example(ids, ids))
         labelled.append(LabelledExample(ids, np.zeros(0, np.uint8), 0.0))
     return labelled if spec.task == "classification" else examples

@@ -2,14 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any, TextIO
+
+import torch
 
 from engine.errors import EngineError
 from engine.hardware import Device
+from engine.models import describe_classifier, describe_model
 from engine.planner.allocator import device_events, replay_and_least_limit
+from engine.planner.headers import Shape
 from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
+from engine.planner.shape import read_shape
 from engine.planner.trace import no_garbage, trace_events
-from engine.planner.traced import Traced, keep, traced
+from engine.planner.traced import Traced, keep, keep_failure, traced
 from engine.spec import RunSpec
 
 
@@ -28,12 +34,24 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         found = traced(spec, device)
         if found is None:
             found = trace_spec(spec, device)
+            if not read_shape(spec.model, spec.model_revision, spec.task).exact:
+                found = replace(found, tensors=_tensors_of(spec), spec=spec.model_dump(mode="json"))
             keep(spec, device, found)
         return found.to_dict()
     except EngineError as error:
         return {"error": str(error)}
     except Exception as error:  # whatever a model class that nobody tried raises on tensors without numbers
-        return {"error": f"This model cannot be traced ({type(error).__name__}: {error})."}
+        first = str(error).strip().partition("\n")[0]
+        why = f"This model cannot be traced ({type(error).__name__}: {first})."
+        keep_failure(spec, device, why)
+        return {"error": why}
+
+
+def _tensors_of(spec: RunSpec) -> dict[str, Shape]:
+    """Return the parameters of the model's class, name to shape."""
+    dense, device = spec.model_copy(update={"quantization": "none"}), torch.device("cpu")
+    model = describe_model(dense, device) if spec.task == "causal" else describe_classifier(dense, device)[0]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def trace_spec(spec: RunSpec, device: Device) -> Traced:
@@ -42,7 +60,8 @@ def trace_spec(spec: RunSpec, device: Device) -> Traced:
         ledger = trace_events(spec, device)
         if device.is_cpu:
             figures = add_up(ledger, 0, host_apart=False)
-            return Traced(figures, *[figures.peak.total] * 3)
+            peak = figures.peak.total
+            return Traced(figures, peak, peak, peak)
         return replayed(ledger)
 
 

@@ -6,7 +6,8 @@ A trace takes a second and a process that has torch; a plan takes milliseconds. 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from engine.hardware import Device
 from engine.planner import hub_files
 from engine.planner.calibration import calibration_path
+from engine.planner.headers import Shape
 from engine.planner.ledger import Figures
 from engine.planner.shape import resolve_model
 from engine.spec import RunSpec, about
@@ -37,13 +39,16 @@ class Traced:
 
     `allocated_bytes`: the most that is given out, as `torch.cuda.max_memory_allocated` says. `reserved_bytes`: taken
     from the device where there is room. `minimum_bytes`: the least limit at which the run still succeeds. On the CPU,
-    which has another allocator, all three are the peak of the figures.
+    which has another allocator, all three are the peak of the figures. `tensors`: the parameters of the model's class,
+    name to shape, and `spec`: what was traced, as plain data; both of a family that the closed forms do not know.
     """
 
     figures: Figures
     allocated_bytes: int
     reserved_bytes: int
     minimum_bytes: int
+    tensors: Mapping[str, Shape] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -52,7 +57,8 @@ class Traced:
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Traced":
         """Return what `to_dict` gave."""
-        return cls(**{**body, "figures": Figures.of(body["figures"])})
+        tensors = {name: tuple(sizes) for name, sizes in body["tensors"].items()}
+        return cls(**{**body, "figures": Figures.of(body["figures"]), "tensors": tensors})
 
 
 def traced(spec: RunSpec, device: Device) -> Traced | None:
@@ -62,19 +68,57 @@ def traced(spec: RunSpec, device: Device) -> Traced | None:
         ModelError: the model cannot be found.
         HubUnreachableError: its config is on the Hub only, and the Hub does not answer.
     """
+    return read_traced(trace_path(spec, device))
+
+
+def why_untraced(spec: RunSpec, device: Device) -> str:
+    """Return why `spec` cannot be traced on `device`, where that was tried; else nothing."""
+    return str(_read(trace_path(spec, device)).get("error", ""))
+
+
+def newest_path(spec: RunSpec, device: Device) -> Path:
+    """Return the file for the newest trace of the model of `spec` on a device of this kind, of an unknown family.
+
+    Raises:
+        ModelError: the model cannot be found.
+        HubUnreachableError: its config is on the Hub only, and the Hub does not answer.
+    """
+    return _path(spec, device, {"task": spec.task})
+
+
+def read_traced(path: Path) -> Traced | None:
+    """Return the trace in a file, or None where there is none."""
     try:
-        return Traced.of(json.loads(trace_path(spec, device).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Traced.of(_read(path))
+    except (KeyError, TypeError, AttributeError):
         return None
 
 
 def keep(spec: RunSpec, device: Device, found: Traced) -> None:
     """Write what a trace found, for `traced`; a folder that cannot be written changes nothing."""
-    path = trace_path(spec, device)
+    _write(trace_path(spec, device), found.to_dict())
+    if found.tensors:
+        _write(newest_path(spec, device), found.to_dict())
+
+
+def keep_failure(spec: RunSpec, device: Device, why: str) -> None:
+    """Write why `spec` cannot be traced, so that nobody tries again with this code."""
+    _write(trace_path(spec, device), {"error": why})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        body = None
+    return body if isinstance(body, dict) else {}
+
+
+def _write(path: Path, body: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found.to_dict()), encoding="utf-8")
+        partial.write_text(json.dumps(body), encoding="utf-8")
         partial.replace(path)
     except OSError:
         return
@@ -87,9 +131,13 @@ def trace_path(spec: RunSpec, device: Device) -> Path:
         ModelError: the model cannot be found.
         HubUnreachableError: its config is on the Hub only, and the Hub does not answer.
     """
+    return _path(spec, device, _fields_that_matter(spec))
+
+
+def _path(spec: RunSpec, device: Device, fields: dict[str, Any]) -> Path:
     content = {
         "config": hashlib.sha256(_config_of(spec).read_bytes()).hexdigest(),
-        "spec": _fields_that_matter(spec),
+        "spec": fields,
         "cpu": device.is_cpu,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "engine": _engine_stamp(),

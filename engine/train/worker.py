@@ -24,6 +24,7 @@ from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spe
 from engine.sparse.base_weight import base_weights
 from engine.sparse.peers import ALONE, PeerLostError, Peers
 from engine.spec import RunSpec
+from engine.tracer import plan_by_trace
 from engine.train.checkpoint import gather_rng, load_checkpoint, save_checkpoint
 from engine.train.head import HeadedTuning
 from engine.train.journal import Journal, Listener
@@ -155,7 +156,7 @@ def _taken(turn: filelock.FileLock) -> bool:
 def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
     spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
-    require_fit(make_plan(spec))
+    require_fit(plan_by_trace(spec) if peers.is_first else make_plan(spec))
     device = torch.device(resolve_device(spec.device).name)
     if peers.count > 1 and device.type == "cuda":
         torch.cuda.set_device(device)  # not before its turn: that takes memory
@@ -164,7 +165,8 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         data = prepare_data(spec, tokenizer)
     journal.emit(data.summary)
     spec = _as_before(run, spec)
-    plan = make_plan(spec, longest_row=longest_row(data))  # no batch is longer, so the bar is true
+    longest = longest_row(data)  # no batch is longer, so the bar is true
+    plan = plan_by_trace(spec, longest_row=longest) if peers.is_first else make_plan(spec, longest_row=longest)
     spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
     if peers.is_first:
         write_json(run.path / "plan.json", plan.to_dict())

@@ -1,7 +1,7 @@
 """Setup: what to tune on the left, what it will need on the right, recomputed at every change."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,15 +9,14 @@ from typing import Any, cast
 
 import gradio as gr
 
-from engine import hardware, presets, workers
-from engine.planner.cards import CARDS
+from engine import hardware, presets
 from engine.spec import METHODS, Method, RunSpec, about
 from engine.units import GIB
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
-from sparse_ui.messages import explain, guarded
-from sparse_ui.plan_view import REMEDY_ROWS, view_fit, view_plan
+from sparse_ui.messages import guarded
 from sparse_ui.tabs.measure import Measure, draw_measure, wire_measure
+from sparse_ui.tabs.plan_card import QUIET, draw_plan_card, wire_plan_card, wire_start
 
 # Widgets of the accordions, by the group of their field. The Data tab shows the group `data`.
 _ACCORDIONS = (
@@ -29,15 +28,7 @@ _UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".
 _TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
 _TO_POWER = "(density) => density > 0 ? Math.max(-5, Math.min(0, Math.log10(density))) : -5"
 _SAME = "(value) => value"
-# Gradio tells a change that waited for an answer once more when it comes: what is of these very values stays.
-_CLEAR = """(...values) => {
-  const now = JSON.stringify(values), same = window.stLastForm === now, update = {__type__: "update"};
-  window.stLastForm = now;
-  return same ? [update, update, update] : ["", "", {...update, visible: false}];
-}"""
-SET_ALONE = ("dataset", "density", "budget_gib")  # by an upload, by a slider
 OWN_FIELDS = tuple(name for name in RunSpec.model_fields if about(name).methods)
-QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -62,23 +53,6 @@ class _Main:
     budget_words: gr.HTML
 
 
-@dataclass(frozen=True)
-class _PlanCard:
-    """The right side. Each remedy is a row, its line and its button."""
-
-    body: gr.HTML
-    remedies: list[tuple[gr.Row, gr.HTML, gr.Button]]
-    changes: gr.State
-    plan_for: gr.Dropdown
-    start: gr.Button
-    fit: gr.Button
-    fitted: gr.HTML
-    apply: gr.Button
-    fit_found: gr.State
-    said: gr.HTML
-    fits: gr.HTML
-
-
 def build_setup_tab(context: AppContext, widgets: dict[str, Any], load: Callable[..., Any]) -> SetupTab:
     """Build the tab.
 
@@ -87,18 +61,17 @@ def build_setup_tab(context: AppContext, widgets: dict[str, Any], load: Callable
         widgets: of the form, by name, not yet drawn.
         load: of the Blocks, called with what to do when a page opens.
     """
-    fields = [widgets[name] for name in form.WIDGETS]
     with gr.Tab("Setup", id="setup") as tab, gr.Row(elem_id="setup-grid", elem_classes="st-grid"):
         with gr.Column(elem_classes="st-card"):
             main = _draw_main(widgets)
             measure = _draw_accordions(widgets)
-        card = _draw_plan()
+        card = draw_plan_card()
         started = gr.State(None)
     filled = _wire_form(context, main, widgets, load)
     wire_measure(context, measure, widgets["device"])
-    _wire_plan(str(context.settings.runs_root), main, card, widgets, measure.measured, filled)
-    answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
-    card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
+    facts = [main.model_facts, main.density_words, main.budget_words]
+    wire_plan_card(context, card, widgets, facts, measure.measured, filled)
+    wire_start(context, card, widgets, started)
     return SetupTab(tab, main.dataset_facts, started)
 
 
@@ -139,45 +112,6 @@ def _show_method(method: str) -> list[Any]:
         # Out of sight and still there: a number without a value that is taken away comes back as 0.
         *(gr.update(visible=True if name in shown else "hidden") for name in OWN_FIELDS),
     ]
-
-
-def _wire_plan(
-    output: str, main: _Main, card: _PlanCard, widgets: dict[str, Any], measured: gr.State, filled: list[Any]
-) -> None:
-    """Wire the card of the plan. `filled`: the events that fill the whole form."""
-    fields = [widgets[name] for name in form.WIDGETS]
-    shown: list[Any] = [card.body, card.changes, card.fits, main.model_facts, main.density_words, main.budget_words]
-    shown += [part for row, line, _ in card.remedies for part in (row, line)]
-
-    def show_plan(chosen: str, *values: Any) -> list[Any]:
-        view = view_plan(values, output, chosen)
-        updates: list[Any] = [view.card, [remedy.changes for remedy in view.remedies], view.fits]
-        updates.append(f"<span>{escape(view.model_facts)}</span>")
-        updates.append(cards.measure(about("density").label, view.density_words))
-        updates.append(cards.measure(about("budget_gib").label, view.budget_words))
-        for remedy in view.remedies:
-            updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
-        return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
-
-    found = [card.fitted, card.apply, card.fit_found]
-    by_fit = card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
-    by_remedy = [
-        button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
-        for number, (_, _, button) in enumerate(card.remedies)
-    ]
-    card.fit.click(_fit(output), [card.plan_for, *fields], found, **QUIET)
-    # A fill comes once, not once a field: a field of its own tells of a change by hand, or by what sets it alone.
-    by_hand = [card.plan_for.input, measured.change]
-    by_hand += [widget.change if name in SET_ALONE else widget.input for name, widget in widgets.items()]
-    planned = {"fn": show_plan, "inputs": [card.plan_for, *fields], "outputs": shown, **QUIET}
-    # In the page, so at once: what Start or the fit said was of other values, what either says later is of these.
-    cleared = {"fn": None, "js": _CLEAR, "inputs": [card.plan_for, *fields], **QUIET}
-    cleared["outputs"] = [card.said, card.fitted, card.apply]
-    gr.on(by_hand, **cleared)
-    gr.on(by_hand, trigger_mode="always_last", **planned)
-    for event in (*filled, by_fit, *by_remedy):
-        event.then(**cleared)
-        event.then(**planned)
 
 
 def _draw_main(widgets: dict[str, Any]) -> _Main:
@@ -237,73 +171,6 @@ def _draw_accordions(widgets: dict[str, Any]) -> Measure:
                     widgets[name].render()
     with accordion:
         return draw_measure()
-
-
-def _draw_plan() -> _PlanCard:
-    remedies = []
-    with gr.Column(elem_classes="st-stack", elem_id="plan-side"):
-        with gr.Column(elem_classes="st-card", elem_id="plan-card"):
-            with gr.Row(elem_classes="st-headline"):
-                gr.HTML('<div class="st-headline-words"><span></span><span class="soft">Plan for</span></div>')
-                offered = [("This computer", ""), *((card.name, card.name) for card in CARDS)]
-                plan_for = gr.Dropdown(offered, value="", label="Plan for", show_label=False, elem_id="plan-for")
-            body = gr.HTML(elem_id="plan")
-            for number in range(REMEDY_ROWS):
-                with gr.Row(elem_classes="st-remedy", visible=False) as row:
-                    line = gr.HTML()
-                    button = gr.Button("Apply", size="sm", elem_id=f"remedy-{number + 1}")
-                remedies.append((row, line, button))
-            with gr.Row(elem_classes="st-bar"):
-                start = gr.Button("Start training", variant="primary", elem_id="start")
-                fit = gr.Button("Fit to the budget", elem_id="fit")
-            said = gr.HTML(elem_id="start-said", elem_classes="st-said")
-            fitted = gr.HTML(elem_id="fit-list", elem_classes="st-said")
-            apply = gr.Button("Apply these changes", visible=False, size="sm", elem_id="fit-apply")
-        with gr.Column(elem_classes="st-card", elem_id="fits-card"):
-            fits = gr.HTML()
-    changes, fit_found = gr.State([]), gr.State(None)
-    return _PlanCard(body, remedies, changes, plan_for, start, fit, fitted, apply, fit_found, said, fits)
-
-
-def _changed(values: Sequence[Any], spec: RunSpec) -> list[Any]:
-    """Return updates that bring the form to `spec`, leaving alone what says so already."""
-    return [new if new != old else gr.skip() for old, new in zip(values, form.fill_form(spec), strict=True)]
-
-
-def _apply(number: int, output: str) -> Callable[..., list[Any]]:
-    def apply(changes: list[dict[str, Any]], *values: Any) -> list[Any]:
-        if number >= len(changes):
-            return [gr.skip()] * len(values)
-        return _changed(values, form.read_form(values, output).model_copy(update=changes[number]))
-
-    return apply
-
-
-def _fit(output: str) -> Callable[..., list[Any]]:
-    """Return a handler that lists what would make the run fit, for one click to apply."""
-
-    def fit(chosen: str, *values: Any) -> list[Any]:
-        view = view_fit(values, output, chosen)
-        return [view.html, gr.update(visible=view.changes is not None), view.changes]
-
-    return fit
-
-
-def _apply_fit(output: str) -> Callable[..., list[Any]]:
-    def apply(changes: dict[str, Any] | None, *values: Any) -> list[Any]:
-        return _changed(values, form.read_form(values, output).model_copy(update=changes or {}))
-
-    return apply
-
-
-def _start(output: str) -> Callable[..., tuple[str, Any]]:
-    def start(*values: Any) -> tuple[str, Any]:
-        try:
-            return "", workers.start_run(form.read_form(values, output)).id
-        except Exception as error:
-            return cards.callout(explain(error, "starting the run").sentences), gr.skip()
-
-    return start
 
 
 def keep_upload(source: Path, root: Path) -> str:

@@ -165,6 +165,24 @@ def test_what_start_says_stays_though_the_plan_comes_later(page: Page, tmp_path:
         expect(page.locator("#start-said")).not_to_contain_text("got -2")
 
 
+def test_a_family_that_no_formula_knows_is_traced_while_one_looks(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}
+    (tmp_path / "bloom").mkdir()
+    (tmp_path / "bloom" / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
+    with _served(tmp_path / "runs") as address:
+        page.goto(address)
+        expect(page.locator("#plan .st-pill")).to_have_text("fits")
+        model = page.locator("#field-model input")
+        model.fill(str(tmp_path / "bloom"))
+        model.press("Enter")
+        expect(page.locator("#plan")).to_contain_text("exact figures come in a moment")
+        expect(page.locator("#plan")).to_contain_text("the figures are those of a trace of its code")
+        expect(page.locator("#plan")).not_to_contain_text("in a moment")
+
+
 def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
     with _served(tmp_path) as address:
         page.goto(address)

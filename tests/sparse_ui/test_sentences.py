@@ -12,7 +12,7 @@ from engine.spec import RunSpec
 from sparse_ui.form import WIDGETS, fill_form
 from sparse_ui.plan_view import view_plan
 from sparse_ui.tabs.data import view_data
-from sparse_ui.tabs.setup import _start
+from sparse_ui.tabs.plan_card import _start
 
 
 @pytest.fixture(autouse=True)

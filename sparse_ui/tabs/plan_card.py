@@ -1,0 +1,193 @@
+"""The card of the plan in Setup: what a run will need, what would make it fit, and the button that starts it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from engine import workers
+from engine.errors import EngineError
+from engine.planner.cards import CARDS
+from engine.planner.plan import make_plan
+from engine.spec import RunSpec, about
+from sparse_ui import cards, form
+from sparse_ui.context import AppContext
+from sparse_ui.messages import explain
+from sparse_ui.plan_view import REMEDY_ROWS, view_fit, view_plan
+
+# Gradio tells a change that waited for an answer once more when it comes: what is of these very values stays.
+_CLEAR = """(...values) => {
+  const now = JSON.stringify(values), same = window.stLastForm === now, update = {__type__: "update"};
+  window.stLastForm = now;
+  return same ? [update, update, update] : ["", "", {...update, visible: false}];
+}"""
+SET_ALONE = ("dataset", "density", "budget_gib")  # by an upload, by a slider
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+
+
+@dataclass(frozen=True)
+class PlanCard:
+    """The parts of the card. Each remedy is a row, its line and its button."""
+
+    body: gr.HTML
+    remedies: list[tuple[gr.Row, gr.HTML, gr.Button]]
+    changes: gr.State
+    plan_for: gr.Dropdown
+    start: gr.Button
+    fit: gr.Button
+    fitted: gr.HTML
+    apply: gr.Button
+    fit_found: gr.State
+    said: gr.HTML
+    fits: gr.HTML
+    traced: gr.State
+
+
+def wire_plan_card(
+    context: AppContext,
+    card: PlanCard,
+    widgets: dict[str, Any],
+    facts: list[gr.HTML],
+    measured: gr.State,
+    filled: list[Any],
+) -> None:
+    """Wire the card to the form: the plan is made anew at every change, and again when a trace is there.
+
+    Args:
+        context: of the app.
+        card: drawn.
+        widgets: of the form, by name.
+        facts: where facts of the model, words of the density and words of the budget go.
+        measured: changes when this computer was measured.
+        filled: the events that fill the whole form.
+    """
+    output = str(context.settings.runs_root)
+    fields = [widgets[name] for name in form.WIDGETS]
+    shown: list[Any] = [card.body, card.changes, card.fits, *facts]
+    shown += [part for row, line, _ in card.remedies for part in (row, line)]
+
+    def show_plan(chosen: str, *values: Any) -> list[Any]:
+        view = view_plan(values, output, chosen)
+        updates: list[Any] = [view.card, [remedy.changes for remedy in view.remedies], view.fits]
+        updates.append(f"<span>{escape(view.model_facts)}</span>")
+        updates.append(cards.measure(about("density").label, view.density_words))
+        updates.append(cards.measure(about("budget_gib").label, view.budget_words))
+        for remedy in view.remedies:
+            updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
+        return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
+
+    found = [card.fitted, card.apply, card.fit_found]
+    by_fit = card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
+    by_remedy = [
+        button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
+        for number, (_, _, button) in enumerate(card.remedies)
+    ]
+    card.fit.click(_fit(context), [card.plan_for, *fields], found, **QUIET)
+    # A fill comes once, not once a field: a field of its own tells of a change by hand, or by what sets it alone.
+    by_hand = [card.plan_for.input, measured.change, card.traced.change]
+    by_hand += [widget.change if name in SET_ALONE else widget.input for name, widget in widgets.items()]
+    planned = {"fn": show_plan, "inputs": [card.plan_for, *fields], "outputs": shown, **QUIET}
+    # In the page, so at once: what Start or the fit said was of other values, what either says later is of these.
+    cleared = {"fn": None, "js": _CLEAR, "inputs": [card.plan_for, *fields], **QUIET}
+    cleared["outputs"] = [card.said, card.fitted, card.apply]
+    gr.on(by_hand, **cleared)
+    traced = {"fn": _trace(context), "inputs": [card.traced, card.plan_for, *fields], "outputs": card.traced, **QUIET}
+    traced["trigger_mode"] = "always_last"  # a trace takes a second, and only the last one is of what stands there
+    gr.on(by_hand, trigger_mode="always_last", **planned).then(**traced)
+    for event in (*filled, by_fit, *by_remedy):
+        event.then(**cleared)
+        event.then(**planned).then(**traced)
+
+
+def draw_plan_card() -> PlanCard:
+    """Draw the card, and under it the map of what fits."""
+    remedies = []
+    with gr.Column(elem_classes="st-stack", elem_id="plan-side"):
+        with gr.Column(elem_classes="st-card", elem_id="plan-card"):
+            with gr.Row(elem_classes="st-headline"):
+                gr.HTML('<div class="st-headline-words"><span></span><span class="soft">Plan for</span></div>')
+                offered = [("This computer", ""), *((card.name, card.name) for card in CARDS)]
+                plan_for = gr.Dropdown(offered, value="", label="Plan for", show_label=False, elem_id="plan-for")
+            body = gr.HTML(elem_id="plan")
+            for number in range(REMEDY_ROWS):
+                with gr.Row(elem_classes="st-remedy", visible=False) as row:
+                    line = gr.HTML()
+                    button = gr.Button("Apply", size="sm", elem_id=f"remedy-{number + 1}")
+                remedies.append((row, line, button))
+            with gr.Row(elem_classes="st-bar"):
+                start = gr.Button("Start training", variant="primary", elem_id="start")
+                fit = gr.Button("Fit to the budget", elem_id="fit")
+            said = gr.HTML(elem_id="start-said", elem_classes="st-said")
+            fitted = gr.HTML(elem_id="fit-list", elem_classes="st-said")
+            apply = gr.Button("Apply these changes", visible=False, size="sm", elem_id="fit-apply")
+        with gr.Column(elem_classes="st-card", elem_id="fits-card"):
+            fits = gr.HTML()
+    changes, fit_found, traced = gr.State([]), gr.State(None), gr.State(0)
+    return PlanCard(body, remedies, changes, plan_for, start, fit, fitted, apply, fit_found, said, fits, traced)
+
+
+def _changed(values: Sequence[Any], spec: RunSpec) -> list[Any]:
+    """Return updates that bring the form to `spec`, leaving alone what says so already."""
+    return [new if new != old else gr.skip() for old, new in zip(values, form.fill_form(spec), strict=True)]
+
+
+def _apply(number: int, output: str) -> Callable[..., list[Any]]:
+    def apply(changes: list[dict[str, Any]], *values: Any) -> list[Any]:
+        if number >= len(changes):
+            return [gr.skip()] * len(values)
+        return _changed(values, form.read_form(values, output).model_copy(update=changes[number]))
+
+    return apply
+
+
+def _fit(context: AppContext) -> Callable[..., list[Any]]:
+    """Return a handler that lists what would make the run fit, for one click to apply."""
+
+    def fit(chosen: str, *values: Any) -> list[Any]:
+        view = view_fit(values, str(context.settings.runs_root), context.tracer, chosen)
+        return [view.html, gr.update(visible=view.changes is not None), view.changes]
+
+    return fit
+
+
+def _trace(context: AppContext) -> Callable[..., Any]:
+    """Return a handler that traces what the closed forms do not know, and counts one more where that told something."""
+
+    def trace(count: int, chosen: str, *values: Any) -> Any:
+        try:
+            spec = form.read_form(values, str(context.settings.runs_root))
+            before = make_plan(spec, with_remedies=False, card=chosen or None)
+            if before.exact or before.traced:
+                return gr.skip()
+            after = context.tracer.plan(spec, chosen or None)
+        except EngineError:  # the card says what is wrong
+            return gr.skip()
+        return count + 1 if after.traced or after.note != before.note else gr.skip()
+
+    return trace
+
+
+def _apply_fit(output: str) -> Callable[..., list[Any]]:
+    def apply(changes: dict[str, Any] | None, *values: Any) -> list[Any]:
+        return _changed(values, form.read_form(values, output).model_copy(update=changes or {}))
+
+    return apply
+
+
+def wire_start(context: AppContext, card: PlanCard, widgets: dict[str, Any], started: gr.State) -> None:
+    """Let the button start a run of what the form says, and put its id into `started`."""
+    answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
+    fields = [widgets[name] for name in form.WIDGETS]
+    card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
+
+
+def _start(output: str) -> Callable[..., tuple[str, Any]]:
+    def start(*values: Any) -> tuple[str, Any]:
+        try:
+            return "", workers.start_run(form.read_form(values, output)).id
+        except Exception as error:
+            return cards.callout(explain(error, "starting the run").sentences), gr.skip()
+
+    return start
