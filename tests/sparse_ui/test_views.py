@@ -17,6 +17,7 @@ from sparse_ui.header import header_html, status_words
 from sparse_ui.history import HistoryReader
 from sparse_ui.plan_view import view_plan
 from sparse_ui.runs_view import details, runs_table
+from sparse_ui.tabs.chat import _answered
 from sparse_ui.tabs.data import view_data
 from sparse_ui.tabs.setup import keep_upload
 from sparse_ui.tabs.train import build_train_tab
@@ -140,3 +141,11 @@ def test_an_upload_never_replaces_an_earlier_one(tmp_path: Path) -> None:
     source.write_text("two")
     second = keep_upload(source, tmp_path / "runs")
     assert [Path(kept).read_text() for kept in (first, second)] == ["one", "two"]
+
+
+def test_a_question_that_was_stopped_before_its_answer_is_not_asked_again() -> None:
+    first, answer, stopped, next_one = (
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d"))
+    )
+    assert _answered([first, answer, stopped, next_one]) == [first, answer, next_one]
