@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.__main__ import main
-from engine.presets import bundled_models
+from engine.presets import bundled_models, list_presets
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = ["--set", "sequence_length=64", "--set", "max_steps=3", "--set", "gradient_accumulation=2"]
@@ -79,6 +80,35 @@ def test_encoder_without_the_task_names_it(capsys: pytest.CaptureFixture[str], e
     said = _said(capsys, "plan", "--set", f"model={encoder_folder}")
     assert f"is an encoder ({encoder_folder.name}), which reads a text from both sides and cannot go on" in said
     assert "Set task=classification" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--largest", "foo"],
+            r"Argument --largest: invalid choice: 'foo' \(choose from .*\)\. `.* plan --help` says .*",
+        ),
+        (["--card", "-3"], r"The memory of a card must be above 0, as in '24 GiB', got '-3'\."),
+        (["--card", ""], r"card must be one of .*, got ''\. Give its whole name, .*"),
+        (["--set", "density=5"], r"density must be in \(0, 1\], got 5\. For 5 percent write 0\.05\."),
+    ],
+)
+def test_what_plan_cannot_do_is_one_sentence_and_one_object(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "demo", *arguments, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"Error: {sentence}\n", captured.err)
+    assert re.fullmatch(sentence, json.loads(captured.out)["error"])
+
+
+def test_an_unknown_preset_names_those_that_are_near(capsys: pytest.CaptureFixture[str]) -> None:
+    near = _said(capsys, "plan", "qwen-3-8b")
+    assert near.startswith("Error: There is no spec file or preset 'qwen-3-8b'. Did you mean qwen3-8b or ")
+    assert near.endswith("? `python -m engine presets` lists them all.\n")
+    assert main(["presets"]) == 0
+    assert capsys.readouterr().out.split() == [*list_presets()]
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
