@@ -45,7 +45,7 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
         fits = _fits_map(spec, plan, card)
     except Exception as error:
         message = explain(error, "the plan")
-        return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences))
+        return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences, message.kind))
     elsewhere = '<div class="soft">Start trains on this computer, whatever the plan is for.</div>' if card else ""
     return PlanView(
         cards.plan_card(plan) + elsewhere,

@@ -15,6 +15,7 @@ from sparse_ui import cards, charts
 from sparse_ui.fields import word_of
 from sparse_ui.header import status_words
 from sparse_ui.history import History
+from sparse_ui.messages import with_labels
 
 NO_RUN = cards.empty("No run yet. Choose a model and a dataset on Setup and start training.")
 NO_SAMPLES = cards.title("Sample answers") + cards.empty("None yet.")
@@ -168,7 +169,7 @@ def notes_html(run: Run, status: RunStatus, history: History) -> str:
     if status.state != "failed":
         return notes
     return (
-        cards.callout([status.detail or "The run failed."])
+        cards.callout([with_labels(status.detail) or "The run failed."])
         + cards.log_box("End of the log", runs.log_tail(run))
         + notes
     )

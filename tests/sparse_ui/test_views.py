@@ -111,12 +111,19 @@ def test_a_plan_for_another_card_says_where_a_run_would_be() -> None:
     assert "Start trains on this computer" not in view_plan(values, "runs").card
 
 
+def test_what_is_still_to_be_typed_is_no_error() -> None:
+    values = [
+        ("patterns" if name == "targets" else value) for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)
+    ]
+    assert '<div class="st-callout note" role="alert">Type under Patterns' in view_plan(values, "runs").card
+
+
 def test_plan_card_shows_every_problem() -> None:
     wrong = {"density": 5, "epochs": -1}
     values = [wrong.get(name, value) for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)]
     card = view_plan(values, "runs").card
     assert "For 5 percent write 0.05" in card
-    assert "epochs must be" in card
+    assert "Epochs must be" in card
 
 
 def test_data_shows_rows_though_another_field_is_wrong() -> None:
