@@ -25,7 +25,7 @@ HEADERS = (
     ("Steps", "right"),
     ("Held-out loss", "right"),
     ("Exact match or score", "right"),
-    ("Peak of plan", "right"),
+    ("Peak memory", "right"),
     ("Time", "right"),
 )
 

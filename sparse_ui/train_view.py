@@ -104,7 +104,7 @@ def run_html(run: Run, history: History, heading: str) -> str:
         ("Gradient norm", f"{last.gradient_norm:.3g}" if last else "–"),
         ("Held-out loss", cards.change(first.loss if first else None, now.loss if now and now.step else None, 3)),
         *score_rows(run, history),
-        ("Peak against plan", peak_words(last.peak_bytes if last else None, plan)),
+        ("Peak memory", peak_words(last.peak_bytes if last else None, plan)),
     ]
     if history.selection is not None and history.selection.gradient_share is not None:
         rows.append(("Dense gradient computed", format_percent(history.selection.gradient_share)))
@@ -144,14 +144,12 @@ def score_words(run: Run, history: History) -> str:
 
 
 def peak_words(peak_bytes: int | None, plan: dict[str, Any]) -> str:
-    """Return `19.6 of 19.8 GiB`."""
+    """Return `19.6 GiB, planned 19.8`."""
     measured = "–" if peak_bytes is None else format_bytes(peak_bytes)
     if "peak_bytes" not in plan:
         return measured
-    planned = format_bytes(plan["peak_bytes"])
-    if measured.split()[-1] == planned.split()[-1]:
-        measured = measured.split()[0]
-    return f"{measured} of {planned}"
+    planned, unit = format_bytes(plan["peak_bytes"]).split()
+    return f"{measured}, planned {planned}" + ("" if measured.endswith(f" {unit}") else f" {unit}")
 
 
 def method_words(spec: RunSpec, history: History) -> str:

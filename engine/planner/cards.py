@@ -89,4 +89,4 @@ def card_device(name: str) -> Device:
         DeviceError: there is none, or several.
     """
     card = find_card(name)
-    return Device("cuda:0", card.name, int(card.total_gib * GIB), card.usable_bytes, sm=card.sm)
+    return Device("cuda:0", card.name, int(card.total_gib * GIB), card.usable_bytes, sm=card.sm, here=False)

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from engine import runs
 from engine.__main__ import main
 from engine.presets import bundled_models, list_presets
+from engine.runs import RunStatus
+from engine.spec import RunSpec
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = ["--set", "sequence_length=64", "--set", "max_steps=3", "--set", "gradient_accumulation=2"]
@@ -128,6 +131,13 @@ def test_unknown_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_folder_of_runs_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "There is no folder" in _said(capsys, "runs", "--runs", str(tmp_path / "nope"))
+
+
+def test_what_a_failed_run_has_no_figure_of_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = runs.create_run(RunSpec(model="demo", dataset="demo/pirate", output=str(tmp_path)))
+    runs.write_status(run, RunStatus("failed"))
+    assert main(["runs", "--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [run.id, "failed", "–", "–", "–", "–"]
 
 
 def _train(*arguments: str) -> tuple[int, dict[str, Any], str]:

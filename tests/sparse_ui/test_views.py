@@ -91,7 +91,9 @@ def test_a_failed_run_says_why(run: Run) -> None:
 
 
 def test_peak_stands_against_the_plan_in_one_unit() -> None:
-    assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 of 4.0 MiB"
+    assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 MiB, planned 4.0"
+    assert peak_words(3 << 20, {"peak_bytes": 4 << 30}) == "3.0 MiB, planned 4.0 GiB"
+    assert peak_words(None, {"peak_bytes": 4 << 20}) == "–, planned 4.0 MiB"
     assert peak_words(None, {}) == "–"
 
 
@@ -107,7 +109,10 @@ def test_plan_card_shows_the_plan_quickly() -> None:
 
 def test_a_plan_for_another_card_says_where_a_run_would_be() -> None:
     values = fill_form(SPEC)
-    assert "Start trains on this computer" in view_plan(values, "runs", CARDS[0].name).card
+    elsewhere = view_plan(values, "runs", CARDS[0].name).card
+    assert "Start trains on this computer" in elsewhere
+    assert f"known only for a device that was measured, and {CARDS[0].name} is not here." in elsewhere
+    assert "Measure this computer" not in elsewhere
     assert "Start trains on this computer" not in view_plan(values, "runs").card
 
 
