@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from engine import runs, workers
 from engine.analysis.command import add_commands
@@ -15,7 +16,7 @@ from engine.hardware import list_gpus, resolve_device
 from engine.plan_text import print_fit, print_plan
 from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
-from engine.presets import find_spec_file
+from engine.presets import find_spec_file, list_presets
 from engine.progress import chat_in_terminal, follow, print_runs
 from engine.spec import RunSpec, about
 from engine.spec_io import apply_overrides, load_values, parse_spec
@@ -25,17 +26,17 @@ from engine.units import format_bytes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0 done, 1 failed, 2 asked wrongly."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = command(options)
+        options = _parser().parse_args(arguments)
+        status: int = options.command(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads has read enough, as `| head`; Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EngineError as error:
-        if getattr(options, "json", False):
+        if "--json" in arguments:
             print(json.dumps({"state": "failed", "error": str(error)}), flush=True)
         for sentence in getattr(error, "problems", None) or [error]:
             print(f"Error: {getattr(sentence, 'message', sentence)}", file=sys.stderr, flush=True)
@@ -44,8 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as everything else here does, not as the usage of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Take from argparse what is wrong with the arguments."""
+        raise EngineError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` says what there is.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine", description="Sparse fine-tuning of language models.")
+    parser = _Parser(prog="python -m engine", description="Sparse fine-tuning of language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -57,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
     train.add_argument("--resume", metavar="RUN", help="go on with a stopped or failed run instead")
     train.add_argument("--detach", action="store_true", help="start the run and return at once")
-    plan = add("plan", _plan, "Say what a spec will need, without running it.")
+    plan = add("plan", _plan, "Say what a spec will need, without running it; a plan that does not fit is no error.")
     plan.add_argument("spec", nargs="?", help="YAML file or name of a preset; may be left out with --set")
     plan.add_argument(
         "--card", metavar="NAME", help='plan for a card that is not here: "RTX 4090 24 GB", or any of "24 GiB"'
@@ -90,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--device", default="auto", help="as in a spec (default: auto)")
     probe_worker = add("calibrate-worker", _calibrate_worker, "Used by the program itself: the probe.")
     probe_worker.add_argument("device")
+    add("presets", _presets, "List the presets, which `train` and `plan` take by name.")
     add("fields", _fields, "List the fields of a spec with unit, default and meaning.")
     for name in ("worker", "chat-worker"):
         worker = add(name, _worker, "Used by the program itself: train, or chat with, the run in a folder.")
@@ -136,7 +146,7 @@ def _absent_card(spec: RunSpec) -> str | None:
 
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
-    card = options.card or _absent_card(spec)
+    card = _absent_card(spec) if options.card is None else options.card
     if options.fit or options.largest:
         return print_fit(spec, card, options.largest, as_json=options.json)
     plan = plan_by_trace(spec, card=card)
@@ -215,6 +225,11 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _calibrate_worker(options: argparse.Namespace) -> int:
     import_module("engine.train.calibrate").measure(options.device)
+    return 0
+
+
+def _presets(_options: argparse.Namespace) -> int:
+    print("\n".join(list_presets()))
     return 0
 
 

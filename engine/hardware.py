@@ -29,7 +29,7 @@ class Device:
 
     `own_bytes` of a GPU are held by workers of this program: a run waits until they end. `sm`: compute capability, 89
     for 8.9, 0 where it is not known. `context_bytes` and `workspace_bytes` were measured on this device
-    (`planner/calibration.py`), or are None.
+    (`planner/calibration.py`), or are None. `here`: whether it is in this computer.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Device:
     own_bytes: int = 0
     context_bytes: int | None = None
     workspace_bytes: int | None = None
+    here: bool = True
 
     @property
     def is_cpu(self) -> bool:

@@ -1,5 +1,6 @@
 """What comes with the project: specs in presets/*.yaml, and the demo model and datasets in presets/demo/."""
 
+import difflib
 from pathlib import Path
 
 from engine.errors import InvalidSpecError, SpecProblem
@@ -47,8 +48,14 @@ def find_spec_file(name: str) -> Path:
     presets = list_presets()
     if name in presets:
         return presets[name]
+    near = " or ".join(difflib.get_close_matches(name, presets, n=3))
+    meant = f"Did you mean {near}? " if near else ""
     raise InvalidSpecError(
-        [SpecProblem("", f"There is no spec file or preset {name!r}. Presets: {', '.join(presets)}.")]
+        [
+            SpecProblem(
+                "", f"There is no spec file or preset {name!r}. {meant}`python -m engine presets` lists them all."
+            )
+        ]
     )
 
 

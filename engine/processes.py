@@ -44,6 +44,8 @@ def worker_environment() -> dict[str, str]:
     defaults["MALLOC_TRIM_THRESHOLD_"] = str(4 * MIB)
     # oneDNN, which multiplies bf16 on the CPU, keeps code and repacked weights for every length of a batch that it met.
     defaults["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    # PEFT asks transformers for something by a name that newer releases call old: nobody here could mend that.
+    defaults["PYTHONWARNINGS"] = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

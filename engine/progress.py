@@ -140,14 +140,13 @@ def print_runs(found: list[Run]) -> None:
         table.add_column(heading)
     for run in found:
         status, report = runs.read_status(run), runs.read_report(run)
-        table.add_row(
-            run.id,
-            status.state,
-            f"{status.step}/{status.total_steps}",
+        cells = (
+            f"{status.step}/{status.total_steps}" if status.total_steps else "",
             _arrow(report.get("evaluation_loss"), 4),
             _arrow(report.get("exact_match"), 2) or _score(report.get("metrics")),
             format_bytes(report["peak_bytes"]) if report else "",
         )
+        table.add_row(run.id, status.state, *(cell or "–" for cell in cells))
     console = Console(highlight=False)
     if not console.is_terminal:  # in a pipe nothing needs to fit
         console.width = WIDE

@@ -76,6 +76,11 @@ def rule_problems(spec: RunSpec) -> dict[str, str]:
             f"recompute must be nothing, blocks or auto for {spec.method}, whose layers are the library's own, got "
             f"{spec.recompute!r}. Use recompute=blocks, or a sparse method."
         )
+    if spec.recompute_blocks is not None and spec.recompute not in ("mlp", "blocks"):
+        problems["recompute_blocks"] = (
+            f"recompute_blocks must be empty with recompute={spec.recompute}, which counts no blocks, got "
+            f"{spec.recompute_blocks}. Leave it empty, or use recompute=mlp or recompute=blocks."
+        )
     problems |= _process_problems(spec)
     if spec.estimation_steps > spec.period:
         problems["estimation_steps"] = (

@@ -180,8 +180,9 @@ class ChatProcess:
     """A child process that holds the base model and the delta of one run. Made by `start_chat`; one user at a time."""
 
     def __init__(self, run: Run) -> None:
-        """Start the process; it loads the model when it is first asked."""
+        """Start the process; it loads the model when it is first asked, and is `loaded` once it has answered."""
         self.run = run
+        self.loaded = False
         self._lock = threading.Lock()
         self._log = (run.path / "chat.log").open("ab")
         self._process = child_process("chat-worker", str(run.path), errors=self._log)
@@ -219,6 +220,7 @@ class ChatProcess:
                     if "error" in body:
                         raise EngineError(body["error"])
                     if not finished:
+                        self.loaded = True
                         yield ChatChunk(body["side"], body["text"], body["done"])
             finally:
                 if not finished and self.alive:

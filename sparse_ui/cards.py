@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from engine.events import RunState, Sample
-from engine.planner.plan import Plan
+from engine.planner.plan import HOW_TO_MEASURE, Plan
 from engine.units import GIB, MIB, format_bytes, format_duration
 
 PART_NAMES = {
@@ -126,7 +126,7 @@ def _peak_words(plan: Plan) -> str:
 
 def _time_words(plan: Plan) -> str:
     if plan.step_s is None:
-        return f"{plan.rate_note.partition('. ')[0]}. Measure this computer, under {FOLDED_MEMORY}."
+        return plan.rate_note.replace(HOW_TO_MEASURE, f"Measure this computer, under {FOLDED_MEMORY}.")
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", all {format_duration(plan.run_s)}"
     return f"A step of full rows takes about {step}{run}; shorter rows take less."

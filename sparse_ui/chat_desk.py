@@ -44,10 +44,10 @@ class ChatDesk:
                 self._streams -= 1
                 self._used_s = time.monotonic()
 
-    def holds(self, run: Run) -> bool:
-        """Return whether the chat process of `run` is at hand."""
+    def loaded(self, run: Run) -> bool:
+        """Return whether the model of `run` is at hand."""
         with self._lock:
-            return self._holds(run)
+            return self._process is not None and self._holds(run) and self._process.loaded
 
     def close(self) -> None:
         """End the chat process, if there is one."""

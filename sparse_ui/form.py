@@ -7,10 +7,12 @@ A widget carries the name of its field. Two differ: `targets` also offers `patte
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from engine.errors import InvalidSpecError, SpecProblem
 from engine.spec import RunSpec, about
 from engine.spec_io import parse_spec
 
 PATTERNS = "patterns"
+NO_PATTERNS = "Type under Patterns which weights to train: parts of their names (q_proj) or globs (model.layers.1?.*)."
 # `output` is the app's own --runs folder.
 WIDGETS: tuple[str, ...] = (*(name for name in RunSpec.model_fields if name != "output"), "target_patterns")
 MAIN: tuple[str, ...] = (
@@ -29,6 +31,10 @@ MAIN: tuple[str, ...] = (
 )
 
 
+class UnfinishedError(InvalidSpecError):
+    """Nothing is wrong yet: something is still to be typed."""
+
+
 def read_form(values: Sequence[Any], output: str) -> RunSpec:
     """Return the spec that the form describes.
 
@@ -38,13 +44,18 @@ def read_form(values: Sequence[Any], output: str) -> RunSpec:
 
     Raises:
         InvalidSpecError: with every problem.
+        UnfinishedError: there is none, but the patterns are still to be typed.
     """
     fields = dict(zip(WIDGETS, values, strict=True))
     patterns = _words(fields.pop("target_patterns"))
+    waits = fields["targets"] == PATTERNS and not patterns
     if fields["targets"] == PATTERNS:
-        fields["targets"] = patterns or ""
+        fields["targets"] = patterns or "all"
     fields["columns"] = _read_columns(fields["columns"])
-    return parse_spec({name: _read(name, value) for name, value in fields.items()} | {"output": output})
+    spec = parse_spec({name: _read(name, value) for name, value in fields.items()} | {"output": output})
+    if waits:
+        raise UnfinishedError([SpecProblem("targets", NO_PATTERNS)])
+    return spec
 
 
 def fill_form(spec: RunSpec) -> list[Any]:

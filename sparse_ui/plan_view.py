@@ -50,7 +50,7 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
         pending = _is_pending(spec, plan, card)
     except Exception as error:
         message = explain(error, "the plan")
-        return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences))
+        return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences, message.kind))
     said = [TRACING] * pending + [ELSEWHERE] * bool(card)
     return PlanView(
         cards.plan_card(plan) + "".join(f'<div class="soft">{words}</div>' for words in said),

@@ -11,7 +11,7 @@ from engine.units import format_duration, format_percent
 from sparse_ui import cards, charts
 from sparse_ui.fields import word_of
 from sparse_ui.history import HistoryReader
-from sparse_ui.messages import explain
+from sparse_ui.messages import explain, with_labels
 from sparse_ui.train_view import peak_words, run_html, score_words, short_name
 
 LOG_LINES = 40
@@ -25,7 +25,7 @@ HEADERS = (
     ("Steps", "right"),
     ("Held-out loss", "right"),
     ("Exact match or score", "right"),
-    ("Peak of plan", "right"),
+    ("Peak memory", "right"),
     ("Time", "right"),
 )
 
@@ -78,7 +78,7 @@ def comparison(reader: HistoryReader, chosen: Sequence[Run]) -> go.Figure:
 def details(reader: HistoryReader, run: Run) -> str:
     """Return the figures of a run, why it failed, and the end of its log."""
     status, history = runs.read_status(run), reader.read(run)
-    failure = cards.callout([status.detail]) if status.state == "failed" and status.detail else ""
+    failure = cards.callout([with_labels(status.detail)]) if status.state == "failed" and status.detail else ""
     tail = runs.log_tail(run, LOG_LINES)
     log = cards.log_box("End of the log", tail) if tail.strip() else ""
     return run_html(run, history, run.id) + failure + log

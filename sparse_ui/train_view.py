@@ -15,6 +15,7 @@ from sparse_ui import cards, charts
 from sparse_ui.fields import word_of
 from sparse_ui.header import status_words
 from sparse_ui.history import History
+from sparse_ui.messages import with_labels
 
 NO_RUN = cards.empty("No run yet. Choose a model and a dataset on Setup and start training.")
 NO_SAMPLES = cards.title("Sample answers") + cards.empty("None yet.")
@@ -103,7 +104,7 @@ def run_html(run: Run, history: History, heading: str) -> str:
         ("Gradient norm", f"{last.gradient_norm:.3g}" if last else "–"),
         ("Held-out loss", cards.change(first.loss if first else None, now.loss if now and now.step else None, 3)),
         *score_rows(run, history),
-        ("Peak against plan", peak_words(last.peak_bytes if last else None, plan)),
+        ("Peak memory", peak_words(last.peak_bytes if last else None, plan)),
     ]
     if history.selection is not None and history.selection.gradient_share is not None:
         rows.append(("Dense gradient computed", format_percent(history.selection.gradient_share)))
@@ -143,14 +144,12 @@ def score_words(run: Run, history: History) -> str:
 
 
 def peak_words(peak_bytes: int | None, plan: dict[str, Any]) -> str:
-    """Return `19.6 of 19.8 GiB`."""
+    """Return `19.6 GiB, planned 19.8`."""
     measured = "–" if peak_bytes is None else format_bytes(peak_bytes)
     if "peak_bytes" not in plan:
         return measured
-    planned = format_bytes(plan["peak_bytes"])
-    if measured.split()[-1] == planned.split()[-1]:
-        measured = measured.split()[0]
-    return f"{measured} of {planned}"
+    planned, unit = format_bytes(plan["peak_bytes"]).split()
+    return f"{measured}, planned {planned}" + ("" if measured.endswith(f" {unit}") else f" {unit}")
 
 
 def method_words(spec: RunSpec, history: History) -> str:
@@ -168,7 +167,7 @@ def notes_html(run: Run, status: RunStatus, history: History) -> str:
     if status.state != "failed":
         return notes
     return (
-        cards.callout([status.detail or "The run failed."])
+        cards.callout([with_labels(status.detail) or "The run failed."])
         + cards.log_box("End of the log", runs.log_tail(run))
         + notes
     )

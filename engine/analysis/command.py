@@ -24,7 +24,7 @@ from engine.spec import RunSpec
 from engine.units import format_bytes
 
 
-def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add `analyse` with its kinds, and the worker's command, to the command line."""
     text = "Look into a model, a run or a set of runs as the papers did; writes analysis.json and analysis.html."
     kinds = commands.add_parser("analyse", help=text, description=text).add_subparsers(required=True, metavar="KIND")

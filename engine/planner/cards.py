@@ -57,7 +57,7 @@ CARDS: tuple[Card, ...] = (
 )
 
 
-_ANY = re.compile(r"(\d+(?:\.\d+)?) *GiB", re.IGNORECASE)
+_SIZE = re.compile(r"([+-]?\d+(?:\.\d+)?) *(GiB)?", re.IGNORECASE)
 
 
 def find_card(name: str) -> Card:
@@ -66,10 +66,13 @@ def find_card(name: str) -> Card:
     "24 GiB" is any card that lets a run have as much.
 
     Raises:
-        DeviceError: there is none, or several.
+        DeviceError: there is none, or several, or the size is not above 0.
     """
-    if (sized := _ANY.fullmatch(name.strip())) and float(sized[1]) > 0:
-        return Card(f"A card of {sized[1]} GiB", float(sized[1]), sm=0, screen=False)
+    if sized := _SIZE.fullmatch(name.strip()):
+        if float(sized[1]) <= 0:
+            raise DeviceError(f"The memory of a card must be above 0, as in '24 GiB', got {name!r}.")
+        if sized[2]:
+            return Card(f"A card of {sized[1]} GiB", float(sized[1]), sm=0, screen=False)
     words = name.lower().replace("gb", " gb").split()
     found = [card for card in CARDS if card.name.lower() == name.strip().lower()]
     found = found or [card for card in CARDS if words and all(word in card.name.lower().split() for word in words)]
@@ -86,4 +89,4 @@ def card_device(name: str) -> Device:
         DeviceError: there is none, or several.
     """
     card = find_card(name)
-    return Device("cuda:0", card.name, int(card.total_gib * GIB), card.usable_bytes, sm=card.sm)
+    return Device("cuda:0", card.name, int(card.total_gib * GIB), card.usable_bytes, sm=card.sm, here=False)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.errors import BudgetError, ModelError, TargetsError
+from engine.errors import BudgetError, InvalidSpecError, ModelError, TargetsError
 from engine.hardware import Device
 from engine.planner.estimate import Plan, estimate
 from engine.planner.remedies import KINDS, Changes
@@ -175,7 +175,7 @@ def largest_model(spec: RunSpec, device: Device) -> str | None:
         try:
             if _fits(spec, shape, device, model=name, model_revision=None):
                 return name
-        except TargetsError:
+        except (TargetsError, InvalidSpecError):  # it has no such weights, or fewer blocks
             continue
     return None
 

@@ -14,7 +14,7 @@ from engine.planner.workload import dtype_of
 from engine.spec import BASELINES, RunSpec
 from engine.units import format_bytes
 
-__all__ = ["LABELS", "Plan", "Remedy", "make_plan", "plan_device", "plan_table", "require_fit"]
+__all__ = ["HOW_TO_MEASURE", "LABELS", "Plan", "Remedy", "make_plan", "plan_device", "plan_table", "require_fit"]
 
 LABELS = {
     "parameters": "Base weights",
@@ -27,6 +27,7 @@ LABELS = {
     "workspace": "Library workspaces",
     "context": "Process or CUDA context",
 }
+HOW_TO_MEASURE = "`python -m engine calibrate` measures one."
 _REMEDIES_IN_SENTENCE = 2
 
 
@@ -92,8 +93,9 @@ def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> P
     dtype = dtype_of(spec, device)
     rate = rate_for(device, dtype, shape.hidden)
     if rate is None:
-        note = f"No time: no run in {dtype} on a model of about this width was measured on {device.label}."
-        return replace(plan, rate_note=f"{note} `python -m engine calibrate` measures one.")
+        unmeasured = f"No time: no run in {dtype} on a model of about this width was measured on {device.label}. "
+        absent = f"No time: it is known only for a device that was measured, and {device.label} is not here."
+        return replace(plan, rate_note=unmeasured + HOW_TO_MEASURE if device.here else absent)
     step_s = plan.flops / (rate * (1 if device.is_cpu else spec.num_processes))  # cores are shared, cards are not
     run_s = step_s * spec.max_steps if spec.max_steps else None
     return replace(plan, step_s=step_s, run_s=run_s, rate_note=f"at {rate / 1e12:.3g} TFLOP/s, as measured")

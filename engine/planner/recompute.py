@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.errors import InvalidSpecError, SpecProblem
 from engine.spec import SPARSE, RunSpec
 
 Recompute = Literal["nothing", "elementwise", "mlp", "blocks"]
@@ -87,7 +88,13 @@ def resolved(spec: RunSpec, family: str, blocks: int, fits: Callable[[RunSpec], 
         family: the config's model_type.
         blocks: of the model.
         fits: whether a spec fits its budget; what keeps less fits where one fits that keeps more.
+
+    Raises:
+        InvalidSpecError: the model has fewer blocks than are to be recomputed.
     """
+    if (spec.recompute_blocks or 0) > blocks:
+        said = f"recompute_blocks must be at most {blocks}, the blocks of the model, got {spec.recompute_blocks}."
+        raise InvalidSpecError([SpecProblem("recompute_blocks", f"{said} Lower it, or leave it empty for all.")])
     if spec.recompute != "auto":
         return spec
     steps = [

@@ -77,7 +77,8 @@ def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> R
             break
     if latest.verdict == "does not fit" or len(titles) < 2:
         return None
-    return Remedy("; ".join(titles), plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs))
+    title = f"{', '.join(titles[:-1])} and {titles[-1]} together"
+    return Remedy(title, plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs))
 
 
 def _saves(before: Plan, after: Plan) -> bool:

@@ -21,7 +21,9 @@ def checkpoint_blocks(model: PreTrainedModel, spec: RunSpec) -> None:
     With `gradient_checkpointing`, all blocks, transformers does it in its own way.
     """
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Older releases of transformers have the second name alone; those with both warn of it.
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
         if not spec.offload_activations:
             return
     kept = kept_by_model(spec, model)

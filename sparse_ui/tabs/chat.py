@@ -1,6 +1,6 @@
 """Chat: one question, two answers, of the base model and of the tuned one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from engine.runs import Run, read_spec
 from engine.workers import Side
 from sparse_ui import cards
 from sparse_ui.context import AppContext
+from sparse_ui.listening import leavable
 from sparse_ui.messages import explain, guarded
 
 EXAMPLES = 4
@@ -20,6 +21,9 @@ LABELS_HINT = (
 )
 NO_RESULT = "No run has a result yet. Train one first."
 PLACEHOLDERS = {"Base": "Answers first, without the trained values.", "Tuned": "Answers the same question after it."}
+# Shown only where the answer does not begin at once.
+_WAITS = """(text) => text.trim() ? '<span class="soft st-late">Waits for its turn.</span>' : {__type__: "update"}"""
+_SEND = "() => document.querySelector('#chat-send').click()"
 Messages = list[dict[str, Any]]
 
 
@@ -104,9 +108,10 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     """Wire the tab; return the events that answer."""
     base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
 
+    @leavable
     def answer(
         run_id: str | None, text: str, limit: float, heat: float, left: Messages, right: Messages
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         yield from _answer(context, run_id, text, (int(limit), float(heat)), left, right)
 
     @guarded("changing the run")
@@ -116,11 +121,12 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     asked = [run_id, widgets.box, widgets.tokens, widgets.warmth, base, tuned]
-    sent: dict[str, Any] = {"fn": answer, "inputs": asked, "outputs": [base, tuned, widgets.box, said], **quiet}
-    sent |= {"concurrency_id": "chat", "concurrency_limit": 1}
-    events = [gr.on([widgets.box.submit, widgets.send.click], **sent)]
+    sent = [widgets.box.submit, widgets.send.click]
+    gr.on(sent, None, widgets.box, said, js=_WAITS)
+    # What is sent during an answer stays in the box and is asked after it, of the conversation as it is by then.
+    events = [gr.on(sent, answer, asked, [base, tuned, widgets.box, said], trigger_mode="always_last", **quiet)]
     for example in widgets.examples:
-        events.append(example.click(lambda words: words, example, widgets.box, **quiet).then(**sent))
+        example.click(lambda words: words, example, widgets.box, **quiet).then(None, js=_SEND)
     widgets.halt.click(lambda: "", None, said, cancels=events, **quiet)
     widgets.clear.click(lambda: ([], [], ""), None, [base, tuned, said], cancels=events, **quiet)
     # By hand alone: filling the list as the tab opens must not end the answer to a question sent meanwhile.
@@ -172,7 +178,7 @@ def _answer(
     how: tuple[int, float],
     left: Messages,
     right: Messages,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     # A question sent before the list of results is there is asked of the one that it will show.
     run = context.find_run(run_id) if run_id else next(iter(ready_runs(context)), None)
     if run is None or not text.strip():
@@ -181,9 +187,9 @@ def _answer(
         return
     question = {"role": "user", "content": text.strip()}
     sides: dict[Side, Messages] = {"base": [*left, question], "tuned": [*right, question]}
-    asked = {side: [_plain(message) for message in messages] for side, messages in sides.items()}
+    asked = {side: _answered(messages) for side, messages in sides.items()}
     answers: dict[Side, str] = {"base": "", "tuned": ""}
-    doing = "The base answers first." if context.chat.holds(run) else "Loading the model. The base answers first."
+    doing = "The base answers first." if context.chat.loaded(run) else "Loading the model. The base answers first."
     yield sides["base"], sides["tuned"], "", f'<span class="soft">{doing}</span>'
     try:
         for chunk in context.chat.stream(run, asked, *how):
@@ -196,6 +202,16 @@ def _answer(
 
 def _with_answer(messages: Messages, answer: str) -> Messages:
     return [*messages, {"role": "assistant", "content": answer}] if answer else messages
+
+
+def _answered(messages: Messages) -> list[dict[str, str]]:
+    """Return a conversation as role and text, without the questions that Stop left without an answer."""
+    plain = [_plain(message) for message in messages]
+    return [
+        one
+        for one, following in zip(plain, [*plain[1:], None], strict=True)
+        if not following or one["role"] != following["role"]
+    ]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:

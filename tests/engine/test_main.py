@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from engine import runs
 from engine.__main__ import main
-from engine.presets import bundled_models
+from engine.presets import bundled_models, list_presets
+from engine.runs import RunStatus
+from engine.spec import RunSpec
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = ["--set", "sequence_length=64", "--set", "max_steps=3", "--set", "gradient_accumulation=2"]
@@ -81,6 +85,35 @@ def test_encoder_without_the_task_names_it(capsys: pytest.CaptureFixture[str], e
     assert "Set task=classification" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--largest", "foo"],
+            r"Argument --largest: invalid choice: 'foo' \(choose from .*\)\. `.* plan --help` says .*",
+        ),
+        (["--card", "-3"], r"The memory of a card must be above 0, as in '24 GiB', got '-3'\."),
+        (["--card", ""], r"card must be one of .*, got ''\. Give its whole name, .*"),
+        (["--set", "density=5"], r"density must be in \(0, 1\], got 5\. For 5 percent write 0\.05\."),
+    ],
+)
+def test_what_plan_cannot_do_is_one_sentence_and_one_object(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "demo", *arguments, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"Error: {sentence}\n", captured.err)
+    assert re.fullmatch(sentence, json.loads(captured.out)["error"])
+
+
+def test_an_unknown_preset_names_those_that_are_near(capsys: pytest.CaptureFixture[str]) -> None:
+    near = _said(capsys, "plan", "qwen-3-8b")
+    assert near.startswith("Error: There is no spec file or preset 'qwen-3-8b'. Did you mean qwen3-8b or ")
+    assert near.endswith("? `python -m engine presets` lists them all.\n")
+    assert main(["presets"]) == 0
+    assert capsys.readouterr().out.split() == [*list_presets()]
+
+
 def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m engine fields | head -n 1"
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
@@ -98,6 +131,13 @@ def test_unknown_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_folder_of_runs_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "There is no folder" in _said(capsys, "runs", "--runs", str(tmp_path / "nope"))
+
+
+def test_what_a_failed_run_has_no_figure_of_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = runs.create_run(RunSpec(model="demo", dataset="demo/pirate", output=str(tmp_path)))
+    runs.write_status(run, RunStatus("failed"))
+    assert main(["runs", "--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [run.id, "failed", "–", "–", "–", "–"]
 
 
 def _train(*arguments: str) -> tuple[int, dict[str, Any], str]:

@@ -5,7 +5,7 @@ import pytest
 from engine import presets
 from engine.errors import InvalidSpecError
 from engine.spec import RunSpec
-from sparse_ui.form import WIDGETS, fill_form, read_form
+from sparse_ui.form import WIDGETS, UnfinishedError, fill_form, read_form
 
 
 def _changed(spec: RunSpec, **values: object) -> list[object]:
@@ -36,9 +36,12 @@ def test_all_problems_come_together() -> None:
     assert {problem.field for problem in caught.value.problems} == {"density", "micro_batch_size", "epochs"}
 
 
-def test_patterns_without_words_are_refused() -> None:
-    with pytest.raises(InvalidSpecError, match="attention, linear, all or a list of patterns"):
-        read_form(_changed(RunSpec(model="demo"), targets="patterns", target_patterns=" , "), "runs")
+def test_patterns_without_words_are_waited_for_once_nothing_else_is_wrong() -> None:
+    waiting = {"targets": "patterns", "target_patterns": " , "}
+    with pytest.raises(UnfinishedError, match="Type under Patterns which weights to train"):
+        read_form(_changed(RunSpec(model="demo"), **waiting), "runs")
+    with pytest.raises(InvalidSpecError, match=r"^density must be in \(0, 1\], got 5\."):
+        read_form(_changed(RunSpec(model="demo"), density=5, **waiting), "runs")
 
 
 def test_malformed_columns_are_refused_with_the_value() -> None:

@@ -42,7 +42,7 @@ def test_measuring_says_what_was_found_and_the_plan_reads_it(tmp_path: Path, mon
 def test_a_wrong_device_is_the_engines_sentence(tmp_path: Path) -> None:
     context = AppContext(Settings(tmp_path))
     start_measure(context, "cuda:99")
-    assert "device &#x27;cuda:99&#x27; is not here" in str(_ended(context)[2])
+    assert "Device &#x27;cuda:99&#x27; is not here" in str(_ended(context)[2])
 
 
 def test_nothing_is_measured_beside_a_run(tmp_path: Path) -> None:

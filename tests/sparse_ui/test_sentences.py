@@ -1,4 +1,4 @@
-"""What the app says to the commonest mistakes: the same sentence as the command line, and no traceback."""
+"""What the app says to the commonest mistakes: what the command line says, with the form's labels; no traceback."""
 
 import html
 import shutil
@@ -36,14 +36,14 @@ def _started(folder: Path, **changes: Any) -> str:
 
 
 def test_density_of_five(tmp_path: Path) -> None:
-    assert "density must be in (0, 1], got 5. For 5 percent write 0.05." in _started(tmp_path, density=5)
-    assert "density must be in (0, 1], got 5." in html.unescape(view_plan(_form(density=5), str(tmp_path)).card)
+    assert "Density must be in (0, 1], got 5. For 5 percent write 0.05." in _started(tmp_path, density=5)
+    assert "Density must be in (0, 1], got 5." in html.unescape(view_plan(_form(density=5), str(tmp_path)).card)
 
 
 def test_all_problems_are_shown_together(tmp_path: Path) -> None:
     card = view_plan(_form(density=5, micro_batch_size=0), str(tmp_path)).card
-    assert "density must be" in card
-    assert "micro_batch_size must be" in card
+    assert "Density must be" in card
+    assert "Micro-batch must be" in card
 
 
 def test_hub_out_of_reach(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sparse_ui.header import header_html, status_words
 from sparse_ui.history import HistoryReader
 from sparse_ui.plan_view import view_plan
 from sparse_ui.runs_view import details, runs_table
+from sparse_ui.tabs.chat import _answered
 from sparse_ui.tabs.data import view_data
 from sparse_ui.tabs.setup import keep_upload
 from sparse_ui.tabs.train import build_train_tab
@@ -90,7 +91,9 @@ def test_a_failed_run_says_why(run: Run) -> None:
 
 
 def test_peak_stands_against_the_plan_in_one_unit() -> None:
-    assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 of 4.0 MiB"
+    assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 MiB, planned 4.0"
+    assert peak_words(3 << 20, {"peak_bytes": 4 << 30}) == "3.0 MiB, planned 4.0 GiB"
+    assert peak_words(None, {"peak_bytes": 4 << 20}) == "–, planned 4.0 MiB"
     assert peak_words(None, {}) == "–"
 
 
@@ -106,8 +109,18 @@ def test_plan_card_shows_the_plan_quickly() -> None:
 
 def test_a_plan_for_another_card_says_where_a_run_would_be() -> None:
     values = fill_form(SPEC)
-    assert "Start trains on this computer" in view_plan(values, "runs", CARDS[0].name).card
+    elsewhere = view_plan(values, "runs", CARDS[0].name).card
+    assert "Start trains on this computer" in elsewhere
+    assert f"known only for a device that was measured, and {CARDS[0].name} is not here." in elsewhere
+    assert "Measure this computer" not in elsewhere
     assert "Start trains on this computer" not in view_plan(values, "runs").card
+
+
+def test_what_is_still_to_be_typed_is_no_error() -> None:
+    values = [
+        ("patterns" if name == "targets" else value) for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)
+    ]
+    assert '<div class="st-callout note" role="alert">Type under Patterns' in view_plan(values, "runs").card
 
 
 def test_plan_card_shows_every_problem() -> None:
@@ -115,7 +128,7 @@ def test_plan_card_shows_every_problem() -> None:
     values = [wrong.get(name, value) for name, value in zip(WIDGETS, fill_form(SPEC), strict=True)]
     card = view_plan(values, "runs").card
     assert "For 5 percent write 0.05" in card
-    assert "epochs must be" in card
+    assert "Epochs must be" in card
 
 
 def test_data_shows_rows_though_another_field_is_wrong() -> None:
@@ -140,3 +153,11 @@ def test_an_upload_never_replaces_an_earlier_one(tmp_path: Path) -> None:
     source.write_text("two")
     second = keep_upload(source, tmp_path / "runs")
     assert [Path(kept).read_text() for kept in (first, second)] == ["one", "two"]
+
+
+def test_a_question_that_was_stopped_before_its_answer_is_not_asked_again() -> None:
+    first, answer, stopped, next_one = (
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d"))
+    )
+    assert _answered([first, answer, stopped, next_one]) == [first, answer, next_one]

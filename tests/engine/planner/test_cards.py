@@ -60,5 +60,6 @@ def test_old_cards_have_no_flash_and_small_workspaces(config_folder: Callable[..
 def test_a_card_of_a_size_is_any_that_has_as_much() -> None:
     card = card_device("24 GiB")
     assert (card.total_bytes, card.free_bytes, card.is_cpu) == (24 * GIB, 24 * GIB, False)
-    with pytest.raises(DeviceError, match="got '0 GiB'"):
-        card_device("0 GiB")
+    for size in ("0 GiB", "-3", "-2.5 gib"):
+        with pytest.raises(DeviceError, match=f"must be above 0, as in '24 GiB', got '{size}'"):
+            card_device(size)

@@ -1,6 +1,7 @@
 """Plans: parts that add up, verdicts that follow the budget, remedies that save what they say."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,6 +130,14 @@ def test_what_does_not_fit_is_refused_with_remedies(config_folder: Callable[...,
         BudgetError,
         match=r"about \d+\.\d GiB and the budget is 24\.0 GiB: .*recompute as little as fits.* raise budget_gib",
     ):
+        require_fit(plan)
+
+
+def test_changes_that_are_enough_together_read_as_one(config_folder: Callable[..., str]) -> None:
+    plan = make_plan(_spec(config_folder()), card="RTX 3050 8 GB")
+    *_, together = plan.remedies
+    assert re.fullmatch(r"[^;]+, [^;]+ and [^;]+ together", together.title)
+    with pytest.raises(BudgetError, match=rf": {together.title} \(saves \d+\.\d GiB\), or raise budget_gib"):
         require_fit(plan)
 
 

@@ -103,6 +103,22 @@ def test_the_layers_of_an_adapter_are_its_own() -> None:
         parse_spec({"model": "demo", "method": "lora", "recompute": "mlp"})
 
 
+@pytest.mark.parametrize("level", ["nothing", "elementwise", "auto"])
+def test_a_number_of_blocks_that_nothing_reads_is_said(level: str) -> None:
+    said = f"recompute_blocks must be empty with recompute={level}, which counts no blocks, got 3."
+    with pytest.raises(InvalidSpecError, match=said):
+        parse_spec({"model": "demo", "recompute": level, "recompute_blocks": 3})
+
+
+def test_more_blocks_than_the_model_has_are_said(config_folder: Callable[..., str]) -> None:
+    folder = config_folder()
+    shape = read_shape(folder)
+    most = shape.layers
+    said = f"recompute_blocks must be at most {most}, the blocks of the model, got {most + 1}. Lower it, or"
+    with pytest.raises(InvalidSpecError, match=said):
+        estimate(_spec(folder, recompute="mlp", recompute_blocks=most + 1), shape, CARD)
+
+
 def test_the_plan_says_what_is_recomputed_and_nothing_else(config_folder: Callable[..., str]) -> None:
     folder = config_folder()
     shape = read_shape(folder)
@@ -112,7 +128,9 @@ def test_the_plan_says_what_is_recomputed_and_nothing_else(config_folder: Callab
 
     assert said() == ""
     layers = shape.layers
-    assert said(recompute="mlp", recompute_blocks=99) == (
-        f"norm outputs, activation products, gate and up in {layers} of {layers} blocks"
+    assert (
+        said(recompute="mlp")
+        == said(recompute="mlp", recompute_blocks=layers)
+        == (f"norm outputs, activation products, gate and up in {layers} of {layers} blocks")
     )
     assert said(method="lora", recompute="blocks", recompute_blocks=2) == f"2 of {layers} blocks as a whole"

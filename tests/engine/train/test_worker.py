@@ -205,3 +205,11 @@ def test_what_is_recomputed_changes_no_loss(make: Start, fields: dict[str, Any])
         _wait_for_end(run)
         losses.append([event.loss for event in _events(run) if isinstance(event, Stepped)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_log_of_an_adapter_holds_no_warning_of_the_libraries(make: Start) -> None:
+    run = make(method="lora", gradient_checkpointing=True, max_steps=1, evaluation_interval=0)
+    workers.start_worker(run)
+    _wait_for_end(run)
+    assert runs.read_status(run).state == "finished", runs.log_tail(run)
+    assert "Warning" not in runs.log_tail(run)
