@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from benchmarks.subjects import DENSITY, Lab, Make, Size, Subject
 from engine.sparse import kernels
 from engine.sparse.base_weight import NF4Weight, quantise_nf4
+from engine.sparse.positions import FlatPositions
 from engine.sparse.selection import select_topk_indices
 
 SAMPLED_DENSITY = 0.001  # sampled products are for few entries
@@ -36,8 +37,8 @@ def rebuilding_makers(lab: Lab) -> dict[str, Make]:
 
     def make(name: str, form: Callable[[NF4Weight, Sequence[kernels.Change], torch.dtype], Tensor]) -> Subject:
         weight = quantise_nf4(torch.randn(size.ffn, size.width, device=device).to(size.dtype))
-        positions = _positions(size, DENSITY)
-        changes = [(positions, torch.randn(positions.numel(), device=device))]
+        positions = FlatPositions(weight.numel(), _positions(size, DENSITY))
+        changes = [(positions, torch.randn(positions.indices.numel(), device=device))]
         return _repeated(name, size, lambda: form(weight, changes, size.dtype))
 
     forms = {"NF4 rebuilt, plain": kernels.plain_rebuild}

@@ -16,13 +16,18 @@ from engine.sparse.positions import FlatPositions, Positions, pack_positions
 class SettledEntries:
     """Entries that were trained and no longer are, but keep their change.
 
-    `indices`: (n,) sorted, unique, none of them active; `values`: (n,); `base`: (n,) what stood in a dense weight. Over
-    a dense weight, which holds the change already, they lie in main memory; over NF4 on its device.
+    `positions`: n of them, none active; `values`: (n,); `base`: (n,) what stood in a dense weight. Over a dense weight,
+    which holds the change already, they lie in main memory; over NF4 on its device.
     """
 
-    indices: Tensor
+    positions: FlatPositions
     values: Tensor
     base: Tensor | None
+
+    @property
+    def indices(self) -> Tensor:
+        """The flat positions, (n,) sorted and unique."""
+        return self.positions.indices
 
 
 class ActiveEntries:
@@ -96,7 +101,8 @@ class ActiveEntries:
 
     def _begin(self, indices: Tensor, base: Tensor | None, values: Tensor) -> None:
         self.placement += 1
-        self._positions = pack_positions(indices, self.weight.shape) if self._compact else FlatPositions(indices)
+        shape = self.weight.shape
+        self._positions = pack_positions(indices, shape) if self._compact else FlatPositions(shape.numel(), indices)
         self._numbers.begin(base, values)
 
     def _base_at(self, indices: Tensor) -> Tensor | None:
@@ -135,7 +141,8 @@ class ActiveEntries:
 
     def _store(self, indices: Tensor, values: Tensor, base: Tensor | None) -> SettledEntries:
         home = torch.device("cpu") if isinstance(self.weight, nn.Parameter) else self.weight.device
-        return SettledEntries(indices.to(home), values.to(home), None if base is None else base.to(home))
+        positions = FlatPositions(self.weight.numel(), indices.to(home))
+        return SettledEntries(positions, values.to(home), None if base is None else base.to(home))
 
     def _changed(self, placed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return positions (int64, sorted), values and base of all changed entries, on the device of the weight."""
@@ -164,30 +171,31 @@ class ActiveEntries:
     @property
     def placed(self) -> Tensor:
         """The flat positions, (num_active,) sorted and unique; an error before `place`. Unpacked where `compact`."""
-        return self._where.flat()
+        return self.positions.flat()
 
     @property
-    def _where(self) -> Positions:
+    def positions(self) -> Positions:
+        """The positions as they are kept; an error before `place`."""
         assert self._positions is not None, f"the entries of {self.name} are not placed yet"
         return self._positions
 
     @property
     def base(self) -> Tensor | None:
         """The entries of a dense base at the positions, (num_active,) in its dtype."""
-        return self._numbers.base(self._where)
+        return self._numbers.base(self.positions)
 
     def read_values(self) -> Tensor:
         """Return the values, (num_active,); those of the parameter itself where it holds them."""
-        return self._numbers.read(self._where)
+        return self._numbers.read(self.positions)
 
     def update_values(self, change: Change) -> None:
         """Let `change` work on the values, (num_active,), in place."""
-        self._numbers.update(self._where, change)
+        self._numbers.update(self.positions, change)
 
     def update_halves(self, step: Step) -> None:
         """Let `step` work on the halves of split masters; see `SplitMasters`."""
         assert isinstance(self._numbers, SplitMasters), f"the values of {self.name} are not split"
-        self._numbers.update_halves(self._where, step)
+        self._numbers.update_halves(self.positions, step)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Return the entries of `dense` (shape of the weight) at the positions, in the dtype of the values."""

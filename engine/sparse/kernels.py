@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
+from engine.sparse.positions import FlatPositions, Positions
 
 _LOG = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know; sums are in fp32
 SAMPLED_NUMEL = 2**20  # numbers that sampled products hold at once; the plain form gathers as many, twice
-Change = tuple[Tensor, Tensor]  # positions (n,), sorted and unique, and values (n,)
+Change = tuple[Positions, Tensor]  # and values (n,)
 Found = TypeVar("Found")
 
 
@@ -132,8 +133,8 @@ def plain_rebuild(weight: NF4Weight, changes: Sequence[Change], dtype: torch.dty
     """See `rebuild_nf4`."""
     dense = weight.dense().to(dtype)
     flat = dense.view(-1)
-    for indices, values in changes:
-        positions = indices.long()
+    for where, values in changes:
+        positions = where.flat().long()
         flat.index_copy_(0, positions, (flat.index_select(0, positions).to(values.dtype) + values).to(dtype))
     return dense
 
@@ -164,7 +165,7 @@ def rebuilt_agree(device: torch.device, dtype: torch.dtype) -> bool:
     changes = []
     for part in torch.randperm(shape.numel(), generator=generator)[:600].int().split(400):
         values = 0.01 * torch.randn(part.numel(), generator=generator)
-        changes.append((part.sort().values.to(device), values.to(device)))
+        changes.append((FlatPositions(shape.numel(), part.sort().values.to(device)), values.to(device)))
     packing = weight.packing
     assert packing is not None, "packed here"
     return torch.equal(_kernel_rebuild(packing, changes, weight), plain_rebuild(weight, changes, dtype))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from engine.sparse.base_weight import NF4Weight
 from engine.sparse.entries import ActiveEntries
-from engine.sparse.kernels import rebuild_nf4
+from engine.sparse.kernels import Change, rebuild_nf4
 from engine.sparse.recipes import Recipe, read_back, recipe_of
 
 
@@ -37,11 +37,11 @@ def rebuild_weight(entry: ActiveEntries, dtype: torch.dtype) -> Tensor:
     """
     if not isinstance(entry.weight, NF4Weight):
         return entry.weight.detach().to(dtype)
-    changes = []
+    changes: list[Change] = []
     if entry.applied:
-        changes.append((entry.placed, entry.values.detach()))
+        changes.append((entry.positions, entry.values.detach()))
         if entry.settled is not None:
-            changes.append((entry.settled.indices, entry.settled.values))
+            changes.append((entry.settled.positions, entry.settled.values))
     return rebuild_nf4(entry.weight, changes, dtype)
 
 

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.sparse.base_weight import NF4Packing
+from engine.sparse.base_weight import NF4_BLOCK, NF4Packing
+from engine.sparse.positions import TILE, Positions
 
 ENTRIES = 128  # that one program of `sample` takes
 TOKENS = 256  # that it adds up; what programs of other tokens find is added afterwards
 AT_ONCE = 16  # tokens
-TILE_BLOCKS = 64  # blocks of 64 entries: a tile of `rebuild` has 4096
+TILE_BLOCKS = TILE // NF4_BLOCK  # of a program of `rebuild`
 CHANGES = 128  # entries that are added to a tile at once
 
 
@@ -132,7 +133,7 @@ def _rebuild(
         _change(out, more_positions, more_values, more_starts, tile, CHANGES)
 
 
-def rebuild(weight: NF4Packing, changes: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> None:
+def rebuild(weight: NF4Packing, changes: Sequence[tuple[Positions, Tensor]], out: Tensor) -> None:
     """Write into `out` the dequantised weight with `changes` added; see `kernels.rebuild_nf4`.
 
     A program owns a tile of the flat weight: it stores the dequantised numbers, rounded, and after a barrier adds the
@@ -142,18 +143,11 @@ def rebuild(weight: NF4Packing, changes: Sequence[tuple[Tensor, Tensor]], out: T
 
     Args:
         weight: its parts.
-        changes: one or two pairs of positions (n,), sorted, and values (n,) fp32; all positions distinct.
+        changes: one or two pairs of positions, all distinct, and values (n,) fp32.
         out: of the weight's shape and dtype, contiguous.
     """
-    tile = TILE_BLOCKS * 64
-    tiles = triton.cdiv(out.numel(), tile)
-    ranges = []
-    for positions, values in changes:
-        edges = torch.arange(0, (tiles + 1) * tile, tile, dtype=torch.int64, device=out.device)
-        edges = edges.clamp_(max=out.numel()).to(positions.dtype)
-        starts = torch.searchsorted(positions, edges, out_int32=positions.numel() < 2**31)
-        ranges.append((positions, values, starts))
-    _rebuild[(tiles,)](
+    ranges = [(positions.flat(), values, positions.tiles) for positions, values in changes]
+    _rebuild[(triton.cdiv(out.numel(), TILE),)](
         weight.packed,
         weight.code,
         weight.absmax,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
-from engine.sparse.kernels import plain_rebuild, products_agree, rebuilt_agree
+from engine.sparse.entries import ActiveEntries
+from engine.sparse.kernels import Change, plain_rebuild, products_agree, rebuilt_agree
+from engine.sparse.positions import TILE, FlatPositions
 from engine.sparse.triton_kernels import rebuild, sample
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CPU = torch.device("cpu")
-TILE = 4096
 
 
 def check_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> None:
@@ -50,7 +51,7 @@ def products_far_apart() -> None:
     torch.testing.assert_close(sample(grad_y, x, rows * width + columns), expected)
 
 
-def check_rebuilt(weight: NF4Weight, changes: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+def check_rebuilt(weight: NF4Weight, changes: list[Change], dtype: torch.dtype) -> None:
     """The kernel's weight is that of the plain form bit for bit, rounded as the interpreter does."""
     packing = weight.packing
     assert packing is not None
@@ -61,7 +62,8 @@ def check_rebuilt(weight: NF4Weight, changes: list[tuple[Tensor, Tensor]], dtype
         return
     expected = cut(scaled(packing)[: weight.numel()])
     for positions, values in changes:
-        expected[positions.long()] = cut(expected[positions.long()] + values)
+        at = positions.flat().long()
+        expected[at] = cut(expected[at] + values)
     assert torch.equal(found, expected.to(dtype).view(weight.shape)), weight.shape
 
 
@@ -78,9 +80,9 @@ def cut(numbers: Tensor) -> Tensor:
     return (numbers.view(torch.int32) & ~0xFFFF).view(torch.float32)
 
 
-def change(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is added at `positions`, beside weights of about 0.02."""
-    return positions, 0.01 * torch.randn(positions.numel())
+def change(weight: NF4Weight, indices: Tensor) -> Change:
+    """Return what is added at `indices`, beside weights of about 0.02."""
+    return FlatPositions(weight.numel(), indices), 0.01 * torch.randn(indices.numel())
 
 
 def rebuilt() -> None:
@@ -90,12 +92,27 @@ def rebuilt() -> None:
             weight = quantise_nf4((0.02 * torch.randn(shape)).to(dtype))
             few = torch.arange(0, weight.numel(), 37, dtype=torch.int32)
             more = (few + 1)[few + 1 < weight.numel()].long()
-            check_rebuilt(weight, [change(few), change(more)], dtype)
-            check_rebuilt(weight, [change(few[:0]), change(few)], dtype)
-        check_rebuilt(weight, [change(torch.arange(TILE - 200, TILE + 200))], dtype)
+            check_rebuilt(weight, [change(weight, few), change(weight, more)], dtype)
+            check_rebuilt(weight, [change(weight, few[:0]), change(weight, few)], dtype)
+        check_rebuilt(weight, [change(weight, torch.arange(TILE - 200, TILE + 200))], dtype)
         borders = torch.tensor([0, TILE - 1, TILE, 2 * TILE - 1, 3 * TILE, 4 * TILE - 1])  # none in the third tile
-        check_rebuilt(weight, [change(borders)], dtype)
+        check_rebuilt(weight, [change(weight, borders)], dtype)
         assert dtype == torch.bfloat16 or rebuilt_agree(CPU, dtype)
+
+
+def rebuilt_after_moves() -> None:
+    """The table of where a tile's entries begin is kept for the length of a placement, by rows and flat."""
+    for compact in (False, True):
+        weight = quantise_nf4(0.02 * torch.randn(190, 90))
+        entry = ActiveEntries("w", weight, 1700, compact=compact)
+        for move in (entry.place, entry.move, entry.move, entry.place):
+            move(torch.randperm(weight.numel())[:1700].sort().values.int())
+            settled = [] if entry.settled is None else [(entry.settled.positions, entry.settled.values)]
+            changes = [(entry.positions, 0.01 * torch.randn(1700)), *settled]
+            check_rebuilt(weight, changes, torch.float32)
+            table = entry.positions.tiles
+            check_rebuilt(weight, changes, torch.float32)
+            assert entry.positions.tiles is table
 
 
 def main() -> None:
@@ -104,6 +121,7 @@ def main() -> None:
     products()
     products_far_apart()
     rebuilt()
+    rebuilt_after_moves()
 
 
 if __name__ == "__main__":

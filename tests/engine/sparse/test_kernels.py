@@ -15,6 +15,7 @@ from engine.sparse.entries import ActiveEntries
 from engine.sparse.gradient_costs import machine_key
 from engine.sparse.kernels import Trial, plain_rebuild, products_agree, rebuild_nf4, rebuilt_agree, samples_by_kernel
 from engine.sparse.linear import rebuild_weight
+from engine.sparse.positions import FlatPositions
 
 PROJECT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -139,6 +140,6 @@ def test_on_a_gpu_kernels_give_the_numbers_of_the_plain_forms(dtype: torch.dtype
     assert rebuilt_agree(device, dtype)
     assert "kernel" in machine_key(device, dtype)
     weight = quantise_nf4(torch.randn(1000, 777, device=device, dtype=dtype))
-    positions = torch.arange(0, weight.numel(), 3, dtype=torch.int32, device=device)
-    changes = [(positions, torch.randn(positions.numel(), device=device))]
+    indices = torch.arange(0, weight.numel(), 3, dtype=torch.int32, device=device)
+    changes = [(FlatPositions(weight.numel(), indices), torch.randn(indices.numel(), device=device))]
     assert torch.equal(rebuild_nf4(weight, changes, dtype), plain_rebuild(weight, changes, dtype))

@@ -24,7 +24,7 @@ def test_rows_without_entries_and_whole_rows_are_told_apart() -> None:
 
 def test_positions_beyond_32_bit_keep_64() -> None:
     shape, indices = (2**20, 4096), torch.tensor([3, 2**31 + 5, 2**32 - 1]).repeat_interleave(2**20)
-    packed = RowPositions((indices % 4096).to(torch.uint16), torch.zeros(1).int(), 4096, torch.int64)
+    packed = RowPositions(2**32, (indices % 4096).to(torch.uint16), torch.zeros(1).int(), 4096, torch.int64)
     assert packed.columns.nbytes == 2 * len(indices)
     few = pack_positions(indices[:: 2**20], shape)
     assert few.flat().dtype == torch.int64
