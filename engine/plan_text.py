@@ -33,8 +33,8 @@ def print_plan(plan: Plan) -> None:
     if plan.note:
         print(plan.note)
     for remedy in plan.remedies:
-        enough = "" if plan.peak_bytes - remedy.saved_bytes > plan.budget_bytes else "; enough"
-        print(f"  {remedy.title}: saves {format_bytes(remedy.saved_bytes)}{enough}; {remedy.cost}")
+        saved = f"saves {format_bytes(remedy.saved_bytes)}"
+        print(f"  {remedy.title}: {'; '.join(filter(None, (saved, remedy.outcome, remedy.cost)))}")
     if plan.verdict == "does not fit":
         print(fit_sentence(plan))
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from engine.events import RunState, Sample
-from engine.planner.plan import HOW_TO_MEASURE, Plan
+from engine.planner.plan import HOW_TO_MEASURE, Plan, Remedy
 from engine.units import GIB, MIB, format_bytes, format_duration
 
 PART_NAMES = {
@@ -132,11 +132,12 @@ def _time_words(plan: Plan) -> str:
     return f"A step of full rows takes about {step}{run}; shorter rows take less."
 
 
-def remedy_line(name: str, saved_bytes: int, cost: str) -> str:
-    """Return what a remedy does, what it saves and what it costs."""
+def remedy_line(remedy: Remedy) -> str:
+    """Return what a remedy does, what it saves, whether the run then fits, and what it costs."""
+    outcome = f" <b>{remedy.outcome}</b>;" if remedy.outcome else ","
     return (
-        f'<div class="line"><span>{escape(name[:1].upper() + name[1:])}</span>'
-        f'<span class="soft">−{format_bytes(saved_bytes)}, {escape(cost)}</span></div>'
+        f'<div class="line"><span>{escape(remedy.title[:1].upper() + remedy.title[1:])}</span>'
+        f'<span class="soft">−{format_bytes(remedy.saved_bytes)}{outcome} {escape(remedy.cost)}</span></div>'
     )
 
 

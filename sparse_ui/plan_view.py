@@ -54,7 +54,7 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     said = [TRACING] * pending + [ELSEWHERE] * bool(card)
     return PlanView(
         cards.plan_card(plan) + "".join(f'<div class="soft">{words}</div>' for words in said),
-        tuple(plan.remedies[:REMEDY_ROWS]),
+        shown_remedies(plan.remedies),
         f"{format_percent(plan.num_active / max(1, plan.target_numel))} · {format_count(plan.num_active)} values",
         f"{format_bytes(plan.budget_bytes)} of {format_bytes(plan_device(spec, card or None).total_bytes)}",
         f"{format_count(plan.num_parameters)} parameters · {format_count(plan.target_numel)} in the trained weights",
@@ -105,6 +105,18 @@ def _figure(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else word_of(str(value))
+
+
+def shown_remedies(remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
+    """Return the cheapest for the rows there are; where none is enough, the first that is takes the last row."""
+    first = tuple(remedies[:REMEDY_ROWS])
+    for verdict in ("fits", "tight"):
+        if any(remedy.verdict == verdict for remedy in first):
+            return first
+        enough = [remedy for remedy in remedies if remedy.verdict == verdict]
+        if enough:
+            return (*first[:-1], enough[0])
+    return first
 
 
 def _is_pending(spec: RunSpec, plan: Plan, card: str) -> bool:

@@ -32,12 +32,18 @@ MEASURED_MARGINS = (0.90, 1.10)  # where a probe measured them on this device
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the spec that lowers the peak by `saved_bytes`; `cost` says what it costs."""
+    """A change of the spec that lowers the peak by `saved_bytes`, to `verdict`; `cost` says what it costs."""
 
     title: str
     saved_bytes: int
     changes: dict[str, Any]
     cost: str
+    verdict: Verdict
+
+    @property
+    def outcome(self) -> str:
+        """`then fits`, `then tight`, or nothing where it is not enough."""
+        return "" if self.verdict == "does not fit" else f"then {self.verdict}"
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def fit_sentence(plan: Plan) -> str:
     where = f"That is on {plan.device}."
     if plan.exchanged_bytes and plan.device.endswith("CPU"):
         where = "The processes share main memory: lower num_processes."
-    enough = [remedy for remedy in plan.remedies if plan.peak_bytes - remedy.saved_bytes <= plan.budget_bytes]
+    enough = [remedy for remedy in plan.remedies if remedy.outcome]
     if not enough:
         return f"{need}; no change of its settings makes it fit. Choose a smaller model, or raise budget_gib. {where}"
     words = " or ".join(

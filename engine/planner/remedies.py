@@ -32,12 +32,11 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
         found = _first_enough(kind(spec, device), replan)
         if found and _saves(plan, found[3]):
             title, changes, cost, changed = found
-            singles.append((Remedy(title, plan.peak_bytes - changed.peak_bytes, changes, cost), changed))
-    remedies = tuple(remedy for remedy, _ in singles)
-    if any(changed.verdict == "fits" for _, changed in singles):
-        return remedies
+            singles.append(Remedy(title, plan.peak_bytes - changed.peak_bytes, changes, cost, changed.verdict))
+    if any(remedy.verdict == "fits" for remedy in singles):
+        return tuple(singles)
     together = _together(spec, shape, device, plan)
-    return remedies if together is None else (*remedies, together)
+    return (*singles, *([] if together is None else [together]))
 
 
 Option = tuple[str, Changes, str]
@@ -78,7 +77,7 @@ def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> R
     if latest.verdict == "does not fit" or len(titles) < 2:
         return None
     title = f"{', '.join(titles[:-1])} and {titles[-1]} together"
-    return Remedy(title, plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs))
+    return Remedy(title, plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs), latest.verdict)
 
 
 def _saves(before: Plan, after: Plan) -> bool:

@@ -75,7 +75,7 @@ def wire_plan_card(
         updates.append(cards.measure(about("density").label, view.density_words))
         updates.append(cards.measure(about("budget_gib").label, view.budget_words))
         for remedy in view.remedies:
-            updates += [gr.update(visible=True), cards.remedy_line(remedy.title, remedy.saved_bytes, remedy.cost)]
+            updates += [gr.update(visible=True), cards.remedy_line(remedy)]
         return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
 
     found = [card.fitted, card.apply, card.fit_found]

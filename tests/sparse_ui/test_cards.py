@@ -3,6 +3,7 @@
 import pytest
 
 from engine.events import Sample
+from engine.planner.plan import Remedy
 from sparse_ui import cards
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -17,7 +18,7 @@ EVIL = '<img src=x onerror="alert(1)">'
         cards.conversation(1, [(EVIL, EVIL)]),
         cards.key_values(EVIL, [(EVIL, EVIL)]),
         cards.log_box(EVIL, EVIL),
-        cards.remedy_line(EVIL, 1, EVIL),
+        cards.remedy_line(Remedy(EVIL, 1, {}, EVIL, "fits")),
         cards.header("running", EVIL, EVIL, [(EVIL, 1, "p1")], 2),
         cards.table([(EVIL, "")], [{"id": EVIL, "chosen": True, "cells": [""]}]),
     ],

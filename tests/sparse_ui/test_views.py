@@ -9,13 +9,14 @@ import pytest
 from engine import runs
 from engine.events import Evaluated, EventWriter, Sample, Stepped
 from engine.planner.cards import CARDS
+from engine.planner.plan import Remedy
 from engine.runs import Run, RunStatus
 from engine.spec import RunSpec
 from sparse_ui.context import AppContext, Settings
 from sparse_ui.form import WIDGETS, fill_form
 from sparse_ui.header import header_html, status_words
 from sparse_ui.history import HistoryReader
-from sparse_ui.plan_view import view_plan
+from sparse_ui.plan_view import shown_remedies, view_plan
 from sparse_ui.runs_view import details, runs_table
 from sparse_ui.tabs.chat import _answered
 from sparse_ui.tabs.data import view_data
@@ -105,6 +106,14 @@ def test_plan_card_shows_the_plan_quickly() -> None:
     assert time.perf_counter() - started < 0.2  # about 0.01 s on an idle core
     assert "fits" in first.card
     assert "values" in first.density_words
+
+
+def test_the_change_that_is_enough_is_among_those_shown() -> None:
+    few, most, none = (Remedy(verdict, 1, {}, "", verdict) for verdict in ("tight", "fits", "does not fit"))
+    assert shown_remedies([none, none, none, few, most]) == (none, none, most)
+    assert shown_remedies([none, none, none, few]) == (none, none, few)
+    assert shown_remedies([none, most, none, most]) == (none, most, none)
+    assert shown_remedies([few]) == (few,)
 
 
 def test_a_plan_for_another_card_says_where_a_run_would_be() -> None:
