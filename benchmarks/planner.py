@@ -5,6 +5,7 @@ formulas: the closed forms against the trace, eleven families in sixteen setting
 reserved: what the caching allocator takes for a step and the least limit under which it succeeds, against its replay.
 sift: Table 1 of arXiv:2312.11875, under the paper's accounting, and beside it the true peak of this program's step.
 spiel: Table 3 of arXiv:2401.16405, the least limit at which its code succeeds.
+peft: what PEFT's comparison of methods reserved on an L40S; `published_peft.py` says how.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import planner_formulas
+from benchmarks import planner_formulas, published_peft
 from benchmarks.published_spiel import cells, least_gib
 from engine.hardware import Device
 from engine.models import load_model
@@ -137,6 +138,12 @@ def spiel_rows() -> Iterator[Row]:
         yield _row(name, "GiB", published, least_gib(cell))
 
 
+def peft_rows() -> Iterator[Row]:
+    """Yield what was reserved on a GPU beside the plan, of the closed forms and traced; GiB."""
+    for name, measured, ours in published_peft.rows():
+        yield _row(name, "GiB", measured / GIB, ours / GIB)
+
+
 def _row(name: str, unit: str, known: float, ours: float) -> Row:
     return {"name": name, "unit": unit, "known": known, "ours": ours, "ratio": ours / known}
 
@@ -180,6 +187,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "reserved": reserved_rows,
     "sift": sift_rows,
     "spiel": spiel_rows,
+    "peft": peft_rows,
 }
 
 
