@@ -62,7 +62,8 @@ def encode(numbers: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     scales = torch.maximum(padded.amax(1), -padded.amin(1))
     scaled = (padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[:count]
     del padded
-    codes = _nearest(scaled, tables).to(torch.uint8).view(numbers.shape)
+    # A view only before the conversion: compiled code takes codes that are views for others than those that it made.
+    codes = _nearest(scaled, tables).view(numbers.shape).to(torch.uint8)
     return codes.clamp_(min=tables.least) if tables.least else codes, scales
 
 

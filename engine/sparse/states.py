@@ -7,6 +7,7 @@ memory is pinned and the next tensor's states travel on a stream of their own me
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,13 @@ class StateStore:
 
 
 def _through_device(states: Sequence[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    """Yield each of `states` on `device`, brought there and back beside the updates.
+
+    Order between the streams is kept by waiting and by holding tensors as long as the other stream needs them. With
+    `record_stream` memory would come back only when the device has passed the use of it: the host, which is ahead,
+    would take more, up to that of all states.
+    """
+    side, current = _side_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)  # which has waited for what the update before wrote into host memory
 
     def bring(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
@@ -104,19 +111,27 @@ def _through_device(states: Sequence[dict[str, Tensor]], device: torch.device) -
             here = {name: tensor.to(device, non_blocking=True) for name, tensor in state.items()}
             return here, side.record_event()
 
+    going: list[dict[str, Tensor]] = []
     coming = bring(states[0]) if states else None
-    for place, state in enumerate(states):
-        assert coming is not None
-        here, arrived = coming
-        coming = bring(states[place + 1]) if place + 1 < len(states) else None
-        current.wait_event(arrived)
-        for tensor in here.values():
-            tensor.record_stream(current)
-        yield here
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for name, tensor in here.items():
-                if tensor is not state[name]:
-                    state[name].copy_(tensor, non_blocking=True)
-                    tensor.record_stream(side)
-    current.wait_stream(side)  # whoever waits for the device finds host memory written; nobody has to wait here
+    try:
+        for place, state in enumerate(states):
+            assert coming is not None
+            here, arrived = coming
+            current.wait_event(arrived)
+            del going[:-1]  # of two tensors ago: these came after those had gone
+            coming = bring(states[place + 1]) if place + 1 < len(states) else None
+            yield here
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for name, tensor in here.items():
+                    if tensor is not state[name]:
+                        state[name].copy_(tensor, non_blocking=True)
+            going.append(here)
+    finally:
+        current.wait_stream(side)  # whoever waits for the device finds host memory written; nobody has to wait here
+
+
+@lru_cache(maxsize=8)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of copies: one, since the allocator keeps the memory of each stream for itself."""
+    return torch.cuda.Stream(device)

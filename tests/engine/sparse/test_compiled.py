@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
+from engine.sparse.blockwise import FEWEST
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.states import StateStore
@@ -18,15 +20,15 @@ KINDS = [(compact, aged) for compact in (True, False) for aged in (True, False)]
 STORE = StateStore(eight_bit=True)
 
 
-def _train(compact: bool, aged: bool, *, fused: bool, device: str = "cpu", steps: int = 20) -> ActiveEntries:
+def _train(compact: bool, aged: bool, *, fused: bool, device: str = "cpu", count: int = COUNT) -> ActiveEntries:
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter((0.02 * torch.randn(100, 200, generator=generator)).to(device, torch.bfloat16))
-    entry = ActiveEntries("w", weight.requires_grad_(False), COUNT, compact=compact)
-    entry.place(torch.randperm(20_000, generator=generator)[:COUNT].sort().values.int())
+    entry = ActiveEntries("w", weight.requires_grad_(False), count, compact=compact)
+    entry.place(torch.randperm(20_000, generator=generator)[:count].sort().values.int())
     split = [entry] if compact else []
     optimizer = SparseAdamW([entry.values], 1e-3, weight_decay=0.1, store=STORE, aged=aged, split=split, compiled=fused)
-    for _ in range(steps):
-        grad = 1e-3 * (torch.randn(COUNT, generator=generator) + 0.5)
+    for _ in range(20):
+        grad = 1e-3 * (torch.randn(count, generator=generator) + 0.5)
         entry.values.grad = grad.to(device)
         optimizer.step()
         entry.write_back()
@@ -48,9 +50,12 @@ def test_one_function_updates_as_the_steps_do(compact: bool, aged: bool, monkeyp
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
-def test_compiled_it_updates_as_the_steps_do() -> None:
+def test_compiled_once_for_all_steps_and_sizes_it_updates_as_the_steps_do() -> None:
     """Compiling takes most of the time of this test, 10 to 30 seconds of one core."""
-    _assert_alike(_train(True, False, fused=True), _train(True, False, fused=False))
+    graphs = counters["stats"]["unique_graphs"]
+    for count in (COUNT, 2 * FEWEST):
+        _assert_alike(_train(True, False, fused=True, count=count), _train(True, False, fused=False, count=count))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
 
 
 @pytest.mark.gpu

@@ -141,6 +141,24 @@ def test_states_in_host_memory_give_the_same_bits_on_a_gpu(eight_bit: bool, aged
 
 
 @pytest.mark.gpu
+def test_of_states_in_host_memory_a_gpu_holds_those_of_three_tensors() -> None:
+    """However far the host is ahead: in 20 updates of 30 tensors it never waits."""
+    values = [nn.Parameter(torch.zeros(2**22, device="cuda")) for _ in range(30)]
+    optimizer = SparseAdamW(values, 1e-3, store=StateStore(offload=True), aged=False)
+    for each in values:
+        each.grad = torch.full_like(each, 1e-3)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(20):
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_reserved() - before < 4 * 2 * values[0].nbytes
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_of_a_gpu_are_those_of_the_cpu(signed: bool) -> None:
     numbers = torch.randn(100_000) if signed else torch.randn(100_000) ** 2
