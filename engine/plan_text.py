@@ -45,6 +45,8 @@ def time_line(plan: Plan) -> str:
         return plan.rate_note
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", the run {format_duration(plan.run_s)}"
+    if plan.row_lengths is not None:
+        return f"A step takes about {step}{run} ({plan.rate_note})."
     return f"A step of full rows takes about {step}{run} ({plan.rate_note}); shorter rows take less."
 
 

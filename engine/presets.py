@@ -20,6 +20,15 @@ def bundled_datasets() -> dict[str, Path]:
     return {f"demo/{path.parent.name}": path.parent for path in sorted((PRESETS / "demo").glob("*/train.jsonl"))}
 
 
+def find_dataset(name: str) -> Path | None:
+    """Return the file or folder that `name` means, a bundled dataset or a path; None where there is none."""
+    bundled = bundled_datasets()
+    if name == "demo" and bundled:
+        return next(iter(bundled.values()))
+    path = Path(name).expanduser()
+    return bundled.get(name, path if name and path.exists() else None)
+
+
 def known_config(model: str) -> Path | None:
     """Return the sizes of a Hub model that the presets name, a config.json, or None."""
     path = PRESETS / "configs" / f"{model.replace('/', '--')}.json"

@@ -11,22 +11,25 @@ from engine.errors import EngineError, WorkerError
 from engine.hardware import Device
 from engine.planner.fit import Fit, fit_spec
 from engine.planner.plan import Plan, cut_rows, make_plan, plan_device
+from engine.planner.row_lengths import RowLengths, known_lengths
 from engine.planner.traced import Traced, traced, why_untraced
 from engine.planner.traced_plan import planned_shape, with_trace
+from engine.presets import find_dataset
 from engine.processes import STOP_TIMEOUT_S, child_process
 from engine.spec import RunSpec
 
+_IDLE_S = 60.0  # then its process ends: it holds half a GiB
 _ROUNDS = 3  # of trace and plan: what is recomputed, or what fits, may change with what a trace says
 
 
-def plan_by_trace(spec: RunSpec, *, card: str | None = None, longest_row: int | None = None) -> Plan:
+def plan_by_trace(spec: RunSpec, *, card: str | None = None, lengths: RowLengths | None = None) -> Plan:
     """Return `Tracer.plan` of a process that ends with it."""
     with Tracer() as tracer:
-        return tracer.plan(cut_rows(spec, longest_row), card)
+        return tracer.plan(spec, card, lengths)
 
 
 class Tracer:
-    """Traces specs; what was traced before is read from disk, and no process is started for it.
+    """Traces specs and counts tokens; what was found before is read from disk, and no process is started for it.
 
     Of several threads one asks at a time. Used in a `with`, it ends its process.
     """
@@ -35,6 +38,7 @@ class Tracer:
         """Begin without a process."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._idle: threading.Timer | None = None
 
     def trace(self, spec: RunSpec, device: Device) -> Traced:
         """Return what a run of `spec` on `device` holds in memory.
@@ -48,31 +52,46 @@ class Tracer:
             return known
         if why := why_untraced(spec, device):
             raise EngineError(why)
-        with self._lock:
-            answer = self._ask({"spec": spec.model_dump(mode="json"), "device": asdict(device)})
+        answer = self._ask({"spec": spec.model_dump(mode="json"), "device": asdict(device)})
         if "error" in answer:
             raise EngineError(answer["error"])
         return Traced.of(answer)
 
-    def plan(self, spec: RunSpec, card: str | None = None) -> Plan:
+    def count(self, spec: RunSpec) -> RowLengths | None:
+        """Return how long the rows of a run of `spec` are; None of a dataset on the Hub, or with very many rows.
+
+        Raises:
+            EngineError: the dataset or the tokenizer cannot be read.
+            WorkerError: the process died.
+        """
+        known = known_lengths(spec)
+        if known is not None or find_dataset(spec.dataset or "") is None:
+            return known
+        answer = self._ask({"spec": spec.model_dump(mode="json")})
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return RowLengths(**answer["lengths"]) if answer["lengths"] else None
+
+    def plan(self, spec: RunSpec, card: str | None = None, lengths: RowLengths | None = None) -> Plan:
         """Return the plan of `spec`, of a family that the closed forms do not know by a trace; its note says why not.
 
         Args:
             spec: what is asked.
             card: a card to plan for that is not in this computer, by name.
+            lengths: of the dataset's rows, where they were counted.
 
         Raises:
             EngineError: as `make_plan` does.
         """
-        plan = make_plan(spec, card=card)
+        plan = make_plan(spec, card=card, lengths=lengths)
         for _ in range(_ROUNDS):
             if plan.exact or plan.traced:
                 break
             try:
-                self.trace(plan.settle(spec), plan_device(spec, card))
+                self.trace(cut_rows(plan.settle(spec), lengths), plan_device(spec, card))
             except EngineError as error:
                 return plan if str(error) in plan.note else replace(plan, note=f"{plan.note} {error}")
-            plan = make_plan(spec, card=card)
+            plan = make_plan(spec, card=card, lengths=lengths)
         return plan
 
     def fit(self, spec: RunSpec, device: Device) -> Fit:
@@ -105,32 +124,50 @@ class Tracer:
         self.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = child_process("trace-worker", errors=sys.stderr)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError("The process that traces ended. Ask again to start a new one.") from None
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerError("The process that traces ended before it answered. Ask again to start a new one.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        with self._lock:
+            self._wait_no_longer()
+            if self._process is None or self._process.poll() is not None:
+                self._process = child_process("trace-worker", errors=sys.stderr)
+            answer = _asked(self._process, request)
+            self._idle = threading.Timer(_IDLE_S, self.close)
+            self._idle.daemon = True
+            self._idle.start()
+            return answer
+
+    def _wait_no_longer(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
 
     def close(self) -> None:
-        """End the process, if there is one."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._process = None
+        """End the process, if there is one; the next question starts another."""
+        with self._lock:
+            self._wait_no_longer()
+            if self._process is None:
+                return
+            process, self._process = self._process, None
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+
+def _asked(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
+    """Return what the process answers."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        raise WorkerError("The process that traces ended. Ask again to start a new one.") from None
+    line = process.stdout.readline()
+    if not line:
+        raise WorkerError("The process that traces ended before it answered. Ask again to start a new one.")
+    answer: dict[str, Any] = json.loads(line)
+    return answer

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from engine.errors import EngineError, RunError, WorkerError
 from engine.planner.plan import require_fit
+from engine.planner.row_lengths import known_lengths
 from engine.planner.shape import require_weights
 from engine.processes import (
     STOP_TIMEOUT_S,
@@ -99,7 +100,7 @@ def start_run(spec: RunSpec) -> Run:
         ModelError: the model cannot be found, or has no weights.
         EngineError: the spec is wrong, or the worker does not start.
     """
-    plan = plan_by_trace(spec)
+    plan = plan_by_trace(spec, lengths=known_lengths(spec))
     require_fit(plan)
     require_weights(spec.model, spec.model_revision)
     run = create_run(spec, plan.to_dict())

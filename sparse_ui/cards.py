@@ -129,6 +129,8 @@ def _time_words(plan: Plan) -> str:
         return plan.rate_note.replace(HOW_TO_MEASURE, f"Measure this computer, under {FOLDED_MEMORY}.")
     step = f"{plan.step_s:.2g} s" if plan.step_s < 10 else format_duration(plan.step_s)
     run = "" if plan.run_s is None else f", all {format_duration(plan.run_s)}"
+    if plan.row_lengths is not None:
+        return f"A step takes about {step}{run}."
     return f"A step of full rows takes about {step}{run}; shorter rows take less."
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from engine.planner.estimate import estimate
 from engine.planner.fit import LARGEST_FIELDS, largest
-from engine.planner.plan import Plan, Remedy, make_plan, plan_device
+from engine.planner.plan import Plan, Remedy, cut_rows, make_plan, plan_device
+from engine.planner.row_lengths import known_lengths
 from engine.planner.traced import why_untraced
 from engine.planner.traced_plan import planned_shape
 from engine.spec import RunSpec, about
@@ -18,8 +19,10 @@ from sparse_ui.messages import explain
 
 REMEDY_ROWS = 3
 TRACING = "A step of this model's own code is being traced; exact figures come in a moment."
+ROWS = "For {rows:,} rows of up to {longest:,} tokens, {mean:,.0f} on average, as counted."
 ELSEWHERE = "Start trains on this computer, whatever the plan is for."
 _LENGTHS = 6  # columns of the map of what fits
+_SHORTEST = 8  # tokens
 _BATCHES = (1, 2, 4, 8)
 
 
@@ -45,13 +48,16 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     """
     try:
         spec = form.read_form(values, output)
-        plan = make_plan(spec, card=card or None)
-        fits = _fits_map(spec, card)
+        lengths = known_lengths(spec)
+        plan = make_plan(spec, card=card or None, lengths=lengths)
+        fits = _fits_map(cut_rows(spec, lengths), card)
         pending = _is_pending(spec, plan, card)
     except Exception as error:
         message = explain(error, "the plan")
         return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences, message.kind))
     said = [TRACING] * pending + [ELSEWHERE] * bool(card)
+    if lengths is not None:
+        said.insert(0, ROWS.format(rows=lengths.rows, longest=lengths.longest, mean=lengths.mean))
     return PlanView(
         cards.plan_card(plan) + "".join(f'<div class="soft">{words}</div>' for words in said),
         shown_remedies(plan.remedies),
@@ -80,8 +86,8 @@ def view_fit(values: Sequence[Any], output: str, tracer: Tracer, card: str = "")
         card: to plan for; empty: this computer.
     """
     try:
-        spec = form.read_form(values, output)
-        device = plan_device(spec, card or None)
+        asked = form.read_form(values, output)
+        spec, device = cut_rows(asked, known_lengths(asked)), plan_device(asked, card or None)
         fit = tracer.fit(spec, device)
     except Exception as error:
         return FitView(cards.callout(explain(error, "fitting the run").sentences))
@@ -123,14 +129,14 @@ def _is_pending(spec: RunSpec, plan: Plan, card: str) -> bool:
     """Return whether a trace will tell more: of a family that the closed forms do not know, not traced yet."""
     if plan.exact or plan.traced:
         return False
-    return not why_untraced(plan.settle(spec), plan_device(spec, card or None))
+    spec = cut_rows(plan.settle(spec), plan.row_lengths)
+    return not why_untraced(spec, plan_device(spec, card or None))
 
 
 def _fits_map(spec: RunSpec, card: str) -> str:
     device = plan_device(spec, card or None)
     shape = planned_shape(spec, device)
-    first = max(8, spec.sequence_length // 4)
-    lengths = sorted({spec.sequence_length, *(first * 2**power for power in range(_LENGTHS))})
+    lengths = sorted({max(_SHORTEST, spec.sequence_length * 2**power // 4) for power in range(_LENGTHS)})
     rows = []
     for batch in sorted({*_BATCHES, spec.micro_batch_size}):
         changes = [{"sequence_length": length, "micro_batch_size": batch} for length in lengths]

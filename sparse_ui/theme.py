@@ -67,7 +67,7 @@ _VARIABLES = {
     "chatbot_text_size": "14px",
     "checkbox_background_color": "var(--card)",
     "checkbox_background_color_selected": "var(--accent)",
-    "checkbox_border_color": "var(--line)",
+    "checkbox_border_color": "var(--faint)",
     "checkbox_border_color_selected": "var(--accent)",
     "checkbox_label_background_fill": "transparent",
     "checkbox_label_background_fill_hover": "transparent",

@@ -20,6 +20,7 @@ from engine.data.sources import Source, iterate_rows, load_source, read_source_r
 from engine.data.templates import CUT, encode_prompt, encode_rows, resolve_template
 from engine.errors import DatasetError
 from engine.events import DataPrepared
+from engine.planner.row_lengths import RowLengths
 from engine.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -54,6 +55,15 @@ class PreparedData:
     summary: DataPrepared
     labels: Labels | None = None
     texts: tuple[LabelledText, ...] = ()
+
+    @property
+    def row_lengths(self) -> RowLengths:
+        """How long the rows to train on are."""
+        return _lengths_of(self.training)
+
+
+def _lengths_of(examples: Examples | LabelledExamples) -> RowLengths:
+    return RowLengths(len(examples), int(examples.lengths.max()), float(examples.lengths.mean()))
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,21 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
         row_format.labels,
         tuple(evaluation.texts[: spec.evaluation_rows]),
     )
+
+
+def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int) -> RowLengths | None:
+    """Return how long the rows to train on are; None of a dataset with more than `at_most`, or with none.
+
+    Raises:
+        DatasetError: the dataset cannot be read.
+    """
+    source = load_source(spec)
+    row_format = recognise_source(source, spec)
+    rows, _ = split_rows(source, spec)
+    if len(rows) > at_most:
+        return None
+    examples = _encode(spec, tokenizer, row_format, source, rows, None, None).examples
+    return _lengths_of(examples) if len(examples) else None
 
 
 def _no_rows(source: Source, counts: dict[str, int]) -> str:

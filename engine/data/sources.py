@@ -13,7 +13,7 @@ from engine.data.formats import Conversation, RowFormat, read_row, recognise
 from engine.data.labels import LabelledText, read_labelled, read_labels
 from engine.errors import DatasetError
 from engine.hub import hub_online, require_hub
-from engine.presets import bundled_datasets
+from engine.presets import bundled_datasets, find_dataset
 from engine.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -76,18 +76,14 @@ def load_source(spec: RunSpec) -> Source:
 
 def _local_path(name: str) -> Path | None:
     """The file or folder that `name` means; None for a Hub id."""
-    bundled = bundled_datasets()
-    if name in bundled:
-        return bundled[name]
-    if name == "demo" and bundled:
-        return next(iter(bundled.values()))
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    is_path = name.startswith((".", "/", "~")) or suffix_of(path) in SUFFIXES
+    found = find_dataset(name)
+    if found is not None:
+        return found
+    is_path = name.startswith((".", "/", "~")) or suffix_of(Path(name)) in SUFFIXES
     if is_path or not _HUB_ID.fullmatch(name):
+        bundled = ", ".join(bundled_datasets()) or "none"
         raise DatasetError(
-            f"There is no file, folder or bundled dataset {name!r}. Bundled: {', '.join(bundled) or 'none'}; "
+            f"There is no file, folder or bundled dataset {name!r}. Bundled: {bundled}; "
             "a dataset on the Hub is named owner/name."
         )
     return None

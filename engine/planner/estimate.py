@@ -11,6 +11,7 @@ from engine.hardware import Device, budget_bytes_of
 from engine.planner import formulas, recompute
 from engine.planner.duration import step_flops
 from engine.planner.moments import after_forward_bytes, host_bytes, run_moments
+from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import ModelShape
 from engine.planner.workload import Workload, build_workload, dtype_of
 from engine.spec import RunSpec
@@ -55,8 +56,9 @@ class Plan:
     both without `context`. `recompute` and `recompute_blocks`: as in the spec, or what its auto comes to;
     `recomputed` says in words what of a model's blocks that is. `flops`:
     operations of one optimizer step, over `rows` rows of `tokens` tokens together. `step_s` and `run_s`: seconds, where
-    `rate_note` says what rate was measured; None where none was. `host_bytes`: main memory that the selection, or
-    states and inputs kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
+    `rate_note` says what rate was measured; None where none was. They are of rows of the average
+    of `row_lengths`, where the dataset's were counted; else of full rows. `host_bytes`: main memory that the selection,
+    or states and inputs kept there, need beside a run on a GPU. `exact`: whether the closed forms were checked on this
     family of models, `traced`: whether the figures are those of a trace; `note` says so. Of several processes the
     memory is that of each, all else that of the run, and `exchanged_bytes` is what each gives to the others in a step.
     """
@@ -90,6 +92,7 @@ class Plan:
     step_s: float | None = None
     run_s: float | None = None
     rate_note: str = ""
+    row_lengths: RowLengths | None = None
 
     def settle(self, spec: RunSpec) -> RunSpec:
         """Return the spec of the plan with what it left open decided."""

@@ -1,5 +1,6 @@
 """The plan of a run on this computer or a card: peak memory by part, whether it fits, what would make it fit."""
 
+import math
 from dataclasses import replace
 
 from engine.errors import BudgetError, DeviceError, TargetsError
@@ -8,6 +9,7 @@ from engine.planner.calibration import calibrated, rate_for
 from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
+from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import ModelShape
 from engine.planner.traced_plan import planned_shape, with_trace
 from engine.planner.workload import dtype_of
@@ -49,7 +51,7 @@ def plan_device(spec: RunSpec, card: str | None = None) -> Device:
 
 
 def make_plan(
-    spec: RunSpec, *, with_remedies: bool = True, card: str | None = None, longest_row: int | None = None
+    spec: RunSpec, *, with_remedies: bool = True, card: str | None = None, lengths: RowLengths | None = None
 ) -> Plan:
     """Return the plan of `spec` on this computer or a card, in milliseconds once the model's shape was read.
 
@@ -59,7 +61,7 @@ def make_plan(
         spec: what is asked.
         with_remedies: whether to look for what would make it fit; some twenty plans more.
         card: a card to plan for that is not in this computer, by name; see `cards.CARDS`.
-        longest_row: tokens of the longest row of the dataset, where that is known: no batch is longer.
+        lengths: of the dataset's rows, where they were counted: no batch is longer, and a step takes less time.
 
     Raises:
         ModelError: the model cannot be found or read.
@@ -67,9 +69,9 @@ def make_plan(
         TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
         DeviceError: the device is not here, or there is no such card.
     """
-    device, spec = plan_device(spec, card), cut_rows(spec, longest_row)
+    device, spec = plan_device(spec, card), cut_rows(spec, lengths)
     shape = planned_shape(spec, device)
-    plan = with_time(estimate(spec, shape, device), spec, shape, device)
+    plan = with_time(estimate(spec, shape, device), spec, shape, device, lengths)
     if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
         raise TargetsError(
             f"num_trainable must be at most {plan.target_numel:,}, the entries of the targets, got "
@@ -81,15 +83,19 @@ def make_plan(
     return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
 
 
-def cut_rows(spec: RunSpec, longest_row: int | None) -> RunSpec:
-    """Return `spec` with rows no longer than the dataset's longest, tokens, where that is known."""
-    if longest_row is None or longest_row >= spec.sequence_length:
+def cut_rows(spec: RunSpec, lengths: RowLengths | None) -> RunSpec:
+    """Return `spec` with rows no longer than the dataset's longest, where they were counted."""
+    if lengths is None or lengths.longest >= spec.sequence_length:
         return spec
-    return spec.model_copy(update={"sequence_length": longest_row})
+    return spec.model_copy(update={"sequence_length": lengths.longest})
 
 
-def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
-    """Return `plan` with the seconds of a step, and of the run where its steps are known, from a measured rate."""
+def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device, lengths: RowLengths | None = None) -> Plan:
+    """Return `plan` with the seconds of a step, and of the run where its steps are known, from a measured rate.
+
+    Where the rows were counted, a step is one of rows of the average length.
+    """
+    plan = replace(plan, row_lengths=lengths)
     dtype = dtype_of(spec, device)
     rate = rate_for(device, dtype, shape.hidden)
     if rate is None:
@@ -97,8 +103,13 @@ def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device) -> P
         absent = f"No time: it is known only for a device that was measured, and {device.label} is not here."
         return replace(plan, rate_note=unmeasured + HOW_TO_MEASURE if device.here else absent)
     step_s = plan.flops / (rate * (1 if device.is_cpu else spec.num_processes))  # cores are shared, cards are not
-    run_s = step_s * spec.max_steps if spec.max_steps else None
-    return replace(plan, step_s=step_s, run_s=run_s, rate_note=f"at {rate / 1e12:.3g} TFLOP/s, as measured")
+    steps = spec.max_steps
+    if lengths is not None:
+        step_s *= lengths.mean / spec.sequence_length
+        steps = steps or math.ceil(spec.epochs * lengths.rows / plan.rows)
+    run_s = step_s * steps if steps else None
+    rate_note = f"at {rate / 1e12:.3g} TFLOP/s, as measured"
+    return replace(plan, step_s=step_s, run_s=run_s, rate_note=rate_note)
 
 
 def require_fit(plan: Plan) -> None:

@@ -1,29 +1,35 @@
-"""The process that traces: requests come as JSON lines, answers go back as JSON lines. It keeps torch loaded."""
+"""The process that traces, and counts tokens: requests and answers are JSON lines. It keeps torch loaded."""
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 import torch
 
+from engine.data.batches import count_rows
 from engine.errors import EngineError
 from engine.hardware import Device
-from engine.models import describe_classifier, describe_model
+from engine.models import describe_classifier, describe_model, load_tokenizer
 from engine.planner.allocator import device_events, replay_and_least_limit
 from engine.planner.headers import Shape
 from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
+from engine.planner.row_lengths import keep_lengths
 from engine.planner.shape import read_shape
 from engine.planner.trace import no_garbage, trace_events
 from engine.planner.traced import Traced, keep, keep_failure, traced
 from engine.spec import RunSpec
+
+COUNTED_ROWS = 20_000  # rows of a dataset that are counted for a plan: some ten seconds
 
 
 def main(requests: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> int:
     """Answer requests until their stream ends; return the process's exit status."""
     sys.stdout = sys.stderr  # what libraries print is no answer
     for line in requests:
-        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        request = json.loads(line)
+        answer = _count(request) if "device" not in request else _answer(request)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return 0
 
@@ -45,6 +51,18 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         why = f"This model cannot be traced ({type(error).__name__}: {first})."
         keep_failure(spec, device, why)
         return {"error": why}
+
+
+def _count(request: dict[str, Any]) -> dict[str, Any]:
+    """Count the rows of a dataset; of one that cannot be read, or that is large, nothing is said."""
+    spec = RunSpec(**request["spec"])
+    try:
+        lengths = count_rows(spec, load_tokenizer(spec), COUNTED_ROWS)
+    except EngineError as error:
+        return {"error": str(error)}
+    if lengths is not None:
+        keep_lengths(spec, lengths)
+    return {"lengths": lengths and asdict(lengths)}
 
 
 def _tensors_of(spec: RunSpec) -> dict[str, Shape]:

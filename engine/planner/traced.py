@@ -4,8 +4,6 @@ A trace takes a second and a process that has torch; a plan takes milliseconds. 
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -15,8 +13,8 @@ from typing import Any
 
 from engine.hardware import Device
 from engine.planner import hub_files
-from engine.planner.calibration import calibration_path
 from engine.planner.headers import Shape
+from engine.planner.kept import kept_path, read_kept, write_kept
 from engine.planner.ledger import Figures
 from engine.planner.shape import resolve_model
 from engine.spec import RunSpec, about
@@ -73,7 +71,7 @@ def traced(spec: RunSpec, device: Device) -> Traced | None:
 
 def why_untraced(spec: RunSpec, device: Device) -> str:
     """Return why `spec` cannot be traced on `device`, where that was tried; else nothing."""
-    return str(_read(trace_path(spec, device)).get("error", ""))
+    return str(read_kept(trace_path(spec, device)).get("error", ""))
 
 
 def newest_path(spec: RunSpec, device: Device) -> Path:
@@ -89,39 +87,21 @@ def newest_path(spec: RunSpec, device: Device) -> Path:
 def read_traced(path: Path) -> Traced | None:
     """Return the trace in a file, or None where there is none."""
     try:
-        return Traced.of(_read(path))
+        return Traced.of(read_kept(path))
     except (KeyError, TypeError, AttributeError):
         return None
 
 
 def keep(spec: RunSpec, device: Device, found: Traced) -> None:
     """Write what a trace found, for `traced`; a folder that cannot be written changes nothing."""
-    _write(trace_path(spec, device), found.to_dict())
+    write_kept(trace_path(spec, device), found.to_dict())
     if found.tensors:
-        _write(newest_path(spec, device), found.to_dict())
+        write_kept(newest_path(spec, device), found.to_dict())
 
 
 def keep_failure(spec: RunSpec, device: Device, why: str) -> None:
     """Write why `spec` cannot be traced, so that nobody tries again with this code."""
-    _write(trace_path(spec, device), {"error": why})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        body = None
-    return body if isinstance(body, dict) else {}
-
-
-def _write(path: Path, body: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(body), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        return
+    write_kept(trace_path(spec, device), {"error": why})
 
 
 def trace_path(spec: RunSpec, device: Device) -> Path:
@@ -142,8 +122,7 @@ def _path(spec: RunSpec, device: Device, fields: dict[str, Any]) -> Path:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "engine": _engine_stamp(),
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return calibration_path().parent / "traces" / f"{digest[:32]}.json"
+    return kept_path("traces", content)
 
 
 def _config_of(spec: RunSpec) -> Path:

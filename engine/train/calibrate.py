@@ -21,7 +21,7 @@ from engine.presets import load_preset
 from engine.train.control import NeverAsked
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
-from engine.train.preflight import longest_row, longest_rows
+from engine.train.preflight import longest_rows
 from engine.train.tuning import start_tuning
 
 _STEPS = 8
@@ -43,7 +43,7 @@ def measure(name: str) -> None:
     data = replace(data, training=longest_rows(data.training, spec.micro_batch_size))
     free_bytes = found.free_bytes
     model = load_model(spec, device)
-    plan = make_plan(spec, with_remedies=False, longest_row=longest_row(data))
+    plan = make_plan(spec, with_remedies=False, lengths=data.row_lengths)
     context_bytes = _taken_bytes(found, free_bytes, plan.parts["parameters"])
     events: list[Event] = []
     tuning = start_tuning(model, spec)

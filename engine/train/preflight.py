@@ -82,7 +82,7 @@ class Preflight:
                 if not is_out_of_memory(error):
                     raise
                 raise BudgetError(self._out_of_memory(state)) from error
-        rows, length = self.spec.micro_batch_size, longest_row(self.data)
+        rows, length = self.spec.micro_batch_size, self.data.row_lengths.longest
         return Preflighted(rows, length, meter.peak_bytes(), time.monotonic() - started)
 
     def _trainer(self, meter: MemoryMeter) -> Trainer:
@@ -141,13 +141,14 @@ class Preflight:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _out_of_memory(self, state: str) -> str:
-        length, planned = longest_row(self.data), self.plan.peak_bytes
+        lengths, planned = self.data.row_lengths, self.plan.peak_bytes
         less = self.spec.model_copy(update={"budget_gib": _LESS * planned / GIB})
-        remedies = make_plan(less, longest_row=length).remedies
+        remedies = make_plan(less, lengths=lengths).remedies
         helps = " or ".join(remedy.title for remedy in remedies[:2]) or "choose a smaller model"
+        tried = f"{self.spec.micro_batch_size} x {lengths.longest:,} tokens"
         return (
-            f"Memory ran out in the {state} of {self.spec.micro_batch_size} x {length:,} tokens that was tried before "
-            f"the run; about {format_bytes(planned)} were planned. What helps: {helps}."
+            f"Memory ran out in the {state} of {tried} that was tried before the run; "
+            f"about {format_bytes(planned)} were planned. What helps: {helps}."
         )
 
 
@@ -167,8 +168,3 @@ def longest_rows(examples: Examples | LabelledExamples, count: int) -> Examples 
     if isinstance(examples, LabelledExamples):
         return LabelledExamples([examples[place] for place in order], examples.pad_id)
     return Examples([examples[place] for place in order], examples.pad_id)
-
-
-def longest_row(data: PreparedData) -> int:
-    """Return the tokens of the longest row to train on."""
-    return int(data.training.lengths.max())

@@ -20,6 +20,7 @@ from engine.events import Checkpointed, Evaluated, ModelLoaded, RunState, Warned
 from engine.hardware import resolve_device
 from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
+from engine.planner.row_lengths import keep_lengths
 from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
 from engine.sparse.base_weight import base_weights
 from engine.sparse.peers import ALONE, PeerLostError, Peers
@@ -30,7 +31,7 @@ from engine.train.head import HeadedTuning
 from engine.train.journal import Journal, Listener
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter, hold_to_budget
-from engine.train.preflight import Preflight, is_out_of_memory, longest_row
+from engine.train.preflight import Preflight, is_out_of_memory
 from engine.train.report import write_report
 from engine.train.tuning import Tuning, start_tuning
 
@@ -156,7 +157,6 @@ def _taken(turn: filelock.FileLock) -> bool:
 def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
     spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
-    require_fit(plan_by_trace(spec) if peers.is_first else make_plan(spec))
     device = torch.device(resolve_device(spec.device).name)
     if peers.count > 1 and device.type == "cuda":
         torch.cuda.set_device(device)  # not before its turn: that takes memory
@@ -165,10 +165,12 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         data = prepare_data(spec, tokenizer)
     journal.emit(data.summary)
     spec = _as_before(run, spec)
-    longest = longest_row(data)  # no batch is longer, so the bar is true
-    plan = plan_by_trace(spec, longest_row=longest) if peers.is_first else make_plan(spec, longest_row=longest)
+    lengths = data.row_lengths  # no batch is longer, so the bar is true
+    plan = plan_by_trace(spec, lengths=lengths) if peers.is_first else make_plan(spec, lengths=lengths)
+    require_fit(plan)
     spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
     if peers.is_first:
+        keep_lengths(spec, lengths)
         write_json(run.path / "plan.json", plan.to_dict())
     hold_to_budget(plan, device)
     torch.manual_seed(spec.seed + peers.rank)

@@ -145,7 +145,7 @@ def _draw_side(name: str) -> gr.Chatbot:
         return gr.Chatbot(
             show_label=False,
             container=False,
-            height=520,
+            height="clamp(280px, 100vh - 310px, 520px)",  # what is said under the box stays in sight
             buttons=[],
             feedback_options=None,
             elem_id=f"chat-{name.lower()}",

@@ -1,6 +1,7 @@
 """The card of the plan in Setup: what a run will need, what would make it fit, and the button that starts it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -11,6 +12,7 @@ from engine import workers
 from engine.errors import EngineError
 from engine.planner.cards import CARDS
 from engine.planner.plan import make_plan
+from engine.planner.row_lengths import known_lengths
 from engine.spec import RunSpec, about
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
@@ -42,7 +44,7 @@ class PlanCard:
     fit_found: gr.State
     said: gr.HTML
     fits: gr.HTML
-    traced: gr.State
+    learnt: gr.State
 
 
 def wire_plan_card(
@@ -53,7 +55,7 @@ def wire_plan_card(
     measured: gr.State,
     filled: list[Any],
 ) -> None:
-    """Wire the card to the form: the plan is made anew at every change, and again when a trace is there.
+    """Wire the card to the form: the plan is made anew at every change, and again when more was found out.
 
     Args:
         context: of the app.
@@ -86,19 +88,19 @@ def wire_plan_card(
     ]
     card.fit.click(_fit(context), [card.plan_for, *fields], found, **QUIET)
     # A fill comes once, not once a field: a field of its own tells of a change by hand, or by what sets it alone.
-    by_hand = [card.plan_for.input, measured.change, card.traced.change]
+    by_hand = [card.plan_for.input, measured.change, card.learnt.change]
     by_hand += [widget.change if name in SET_ALONE else widget.input for name, widget in widgets.items()]
     planned = {"fn": show_plan, "inputs": [card.plan_for, *fields], "outputs": shown, **QUIET}
     # In the page, so at once: what Start or the fit said was of other values, what either says later is of these.
     cleared = {"fn": None, "js": _CLEAR, "inputs": [card.plan_for, *fields], **QUIET}
     cleared["outputs"] = [card.said, card.fitted, card.apply]
     gr.on(by_hand, **cleared)
-    traced = {"fn": _trace(context), "inputs": [card.traced, card.plan_for, *fields], "outputs": card.traced, **QUIET}
-    traced["trigger_mode"] = "always_last"  # a trace takes a second, and only the last one is of what stands there
-    gr.on(by_hand, trigger_mode="always_last", **planned).then(**traced)
+    closer = {"fn": _look_closer(context), "inputs": [card.learnt, card.plan_for, *fields], "outputs": card.learnt}
+    closer |= {"trigger_mode": "always_last", **QUIET}  # it takes a second, and only the last is of what stands there
+    gr.on(by_hand, trigger_mode="always_last", **planned).then(**closer)
     for event in (*filled, by_fit, *by_remedy):
         event.then(**cleared)
-        event.then(**planned).then(**traced)
+        event.then(**planned).then(**closer)
 
 
 def draw_plan_card() -> PlanCard:
@@ -124,8 +126,8 @@ def draw_plan_card() -> PlanCard:
             apply = gr.Button("Apply these changes", visible=False, size="sm", elem_id="fit-apply")
         with gr.Column(elem_classes="st-card", elem_id="fits-card"):
             fits = gr.HTML()
-    changes, fit_found, traced = gr.State([]), gr.State(None), gr.State(0)
-    return PlanCard(body, remedies, changes, plan_for, start, fit, fitted, apply, fit_found, said, fits, traced)
+    changes, fit_found, learnt = gr.State([]), gr.State(None), gr.State(0)
+    return PlanCard(body, remedies, changes, plan_for, start, fit, fitted, apply, fit_found, said, fits, learnt)
 
 
 def _changed(values: Sequence[Any], spec: RunSpec) -> list[Any]:
@@ -152,21 +154,26 @@ def _fit(context: AppContext) -> Callable[..., list[Any]]:
     return fit
 
 
-def _trace(context: AppContext) -> Callable[..., Any]:
-    """Return a handler that traces what the closed forms do not know, and counts one more where that told something."""
+def _look_closer(context: AppContext) -> Callable[..., Any]:
+    """Return a handler that finds out what takes seconds, and counts one more where that told something.
 
-    def trace(count: int, chosen: str, *values: Any) -> Any:
+    How long the rows of the dataset are, and a trace of a model that the closed forms do not know.
+    """
+
+    def look(count: int, chosen: str, *values: Any) -> Any:
         try:
             spec = form.read_form(values, str(context.settings.runs_root))
-            before = make_plan(spec, with_remedies=False, card=chosen or None)
-            if before.exact or before.traced:
-                return gr.skip()
-            after = context.tracer.plan(spec, chosen or None)
+            before = make_plan(spec, with_remedies=False, card=chosen or None, lengths=known_lengths(spec))
         except EngineError:  # the card says what is wrong
             return gr.skip()
-        return count + 1 if after.traced or after.note != before.note else gr.skip()
+        lengths = before.row_lengths
+        with suppress(EngineError):  # the Data tab says what is wrong with a dataset
+            lengths = context.tracer.count(spec)
+        after = context.tracer.plan(spec, chosen or None, lengths)
+        learnt = (after.traced, after.note, after.row_lengths) != (before.traced, before.note, before.row_lengths)
+        return count + 1 if learnt else gr.skip()
 
-    return trace
+    return look
 
 
 def _apply_fit(output: str) -> Callable[..., list[Any]]:

@@ -1,5 +1,6 @@
 """Setup: what to tune on the left, what it will need on the right, recomputed at every change."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _ACCORDIONS = (
 _UPLOADS = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz"]
 _TO_DENSITY = "(power) => Number(Math.pow(10, power).toPrecision(2))"
 _TO_POWER = "(density) => density > 0 ? Math.max(-5, Math.min(0, Math.log10(density))) : -5"
-_SAME = "(value) => value"
+_BUDGET_STEP = 0.25  # GiB
 OWN_FIELDS = tuple(name for name in RunSpec.model_fields if about(name).methods)
 
 
@@ -152,12 +153,15 @@ def _draw_density(number: Any) -> gr.HTML:
 
 def _draw_budget(number: Any) -> gr.HTML:
     total = max(0.5, round(hardware.resolve_device("auto").total_bytes / GIB, 2))
+    end = math.ceil(total / _BUDGET_STEP) * _BUDGET_STEP  # stands for all there is, which is seldom a whole step
     with gr.Row(elem_classes="st-measure"):
         words = gr.HTML(cards.measure(about("budget_gib").label, ""))
-        slider = gr.Slider(0.25, total, value=total, step=0.25, label="GiB", elem_classes="st-slide", show_label=False)
+        slider = gr.Slider(
+            _BUDGET_STEP, end, value=end, step=_BUDGET_STEP, label="GiB", elem_classes="st-slide", show_label=False
+        )
         number.render()
-    slider.input(None, slider, number, js=_SAME)
-    number.change(None, number, slider, js=f"(value) => value || {total}")
+    slider.input(None, slider, number, js=f"(value) => Math.min(value, {total})")
+    number.change(None, number, slider, js=f"(value) => value && value < {total} ? value : {end}")
     return words
 
 

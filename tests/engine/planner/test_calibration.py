@@ -19,7 +19,7 @@ from engine.planner.calibration import (
 )
 from engine.planner.duration import step_flops
 from engine.planner.estimate import estimate
-from engine.planner.plan import make_plan
+from engine.planner.plan import HOW_TO_MEASURE, make_plan
 from engine.planner.shape import read_shape
 from engine.planner.workload import build_workload
 from engine.spec import RunSpec
@@ -94,7 +94,10 @@ def test_without_a_rate_there_is_no_time_and_the_plan_says_so(config_folder: Cal
     spec = RunSpec(model=config_folder(), max_steps=100)
     plan = make_plan(spec, card="RTX 4090 24 GB")
     assert plan.step_s is None
-    assert "No time: no run in bfloat16" in plan.rate_note
+    assert "known only for a device that was measured, and RTX 4090 24 GB is not here" in plan.rate_note
+    here = make_plan(spec.model_copy(update={"device": "cpu"})).rate_note
+    assert here.startswith("No time: no run in float32 on a model of about this width was measured on CPU.")
+    assert here.endswith(HOW_TO_MEASURE)
     store_rate(Device("cuda:0", "RTX 4090 24 GB", 1, 1), Rate("bfloat16", 4096, 1e14))
     timed = make_plan(spec, card="RTX 4090 24 GB")
     assert timed.step_s == pytest.approx(timed.flops / 1e14)

@@ -16,7 +16,7 @@ from engine.planner.plan import make_plan
 from engine.spec import RunSpec
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
-from engine.train.preflight import Preflight, longest_row
+from engine.train.preflight import Preflight
 from engine.train.tuning import start_tuning
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def parts(model_folder: Path, dataset_folder: Path, tmp_path: Path) -> Any:
         spec = RunSpec(model=str(model_folder), dataset=str(dataset_folder), **{**values, **fields})
         tokenizer = load_tokenizer(spec)
         data = prepare_data(spec, tokenizer)
-        plan = make_plan(spec, longest_row=longest_row(data))
+        plan = make_plan(spec, lengths=data.row_lengths)
         model = load_model(spec, CPU)
         return Preflight(spec, model, tokenizer, data, plan, tmp_path, lambda spec: start_tuning(model, spec))
 

@@ -1,0 +1,60 @@
+"""How long the rows of a dataset are in tokens, kept on disk by all that decides it. Torch-free: others count.
+
+A worker counts the rows that it trains on; for Setup the process that traces does it beforehand.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.planner.kept import kept_path, read_kept, write_kept
+from engine.planner.shape import resolve_model
+from engine.presets import find_dataset
+from engine.spec import RunSpec, about
+
+_FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that decide, beside those of the data
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Of the rows to train on: how many there are, the tokens of the longest and of one on average."""
+
+    rows: int
+    longest: int
+    mean: float
+
+
+def known_lengths(spec: RunSpec) -> RowLengths | None:
+    """Return how long the rows of a run of `spec` are, where they were counted; its files may not have changed since.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    try:
+        return RowLengths(**read_kept(_path(spec)))
+    except TypeError:
+        return None
+
+
+def keep_lengths(spec: RunSpec, lengths: RowLengths) -> None:
+    """Write what `known_lengths` reads."""
+    write_kept(_path(spec), asdict(lengths))
+
+
+def _path(spec: RunSpec) -> Path:
+    values = spec.model_dump(mode="json")
+    decides = {name: value for name, value in values.items() if name in _FIELDS or about(name).group == "data"}
+    model, dataset = resolve_model(spec.model, spec.model_revision), find_dataset(spec.dataset or "")
+    files = [sorted(model.glob("token*")) if isinstance(model, Path) else [], _files(dataset)]
+    return kept_path("rows", decides | {"files": [[_stamp(file) for file in group] for group in files]})
+
+
+def _files(dataset: Path | None) -> list[Path]:
+    if dataset is None:
+        return []
+    return sorted(file for file in dataset.rglob("*") if file.is_file()) if dataset.is_dir() else [dataset]
+
+
+def _stamp(file: Path) -> list[Any]:
+    status = file.stat()
+    return [file.name, status.st_size, status.st_mtime_ns]

@@ -1,0 +1,64 @@
+"""How long a dataset's rows are: counted once, for as long as its files stay as they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.errors import EngineError
+from engine.planner.plan import make_plan
+from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths
+from engine.spec import RunSpec
+from engine.tracer import Tracer
+
+ROWS = [{"question": "How are you?", "answer": "Fine. " * number} for number in range(1, 41)]
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    """A spec of the demo model over a file of forty rows, and an empty folder for what is found out."""
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, ROWS)))
+    return RunSpec(model="demo", dataset=str(file), device="cpu", sequence_length=512)
+
+
+def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec) -> None:
+    assert known_lengths(spec) is None
+    with Tracer() as tracer:
+        found = tracer.count(spec)
+        assert found is not None
+        assert found.rows < len(ROWS)  # some are held out
+        assert found.mean < found.longest < 200
+        assert known_lengths(spec) == found
+        assert known_lengths(spec.model_copy(update={"learning_rate": 0.5})) == found
+        assert known_lengths(spec.model_copy(update={"sequence_length": 64})) is None
+        Path(spec.dataset or "").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
+        assert known_lengths(spec) is None
+        assert tracer.count(spec) == known_lengths(spec) != found
+        Path(spec.dataset or "").write_text("{")
+        with pytest.raises(EngineError, match="rows.jsonl"):
+            tracer.count(spec)
+
+
+def test_a_dataset_on_the_hub_is_not_fetched_to_be_counted(spec: RunSpec) -> None:
+    tracer = Tracer()
+    assert tracer.count(spec.model_copy(update={"dataset": "owner/name"})) is None
+    tracer.close()
+
+
+def test_the_plan_is_for_rows_as_long_as_they_are(spec: RunSpec) -> None:
+    lengths = RowLengths(1000, 100, 40.0)
+    keep_lengths(spec, lengths)
+    plan, full = make_plan(spec, lengths=known_lengths(spec)), make_plan(spec)
+    cut = make_plan(spec.model_copy(update={"sequence_length": 100}))
+    assert plan.peak_bytes == cut.peak_bytes < full.peak_bytes
+    assert plan.row_lengths == lengths
+
+
+def test_the_time_is_that_of_rows_of_the_average_length(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.planner.plan.rate_for", lambda *_: 1e9)
+    short = spec.model_copy(update={"max_steps": None, "epochs": 2.0})
+    full, counted = make_plan(short), make_plan(short, lengths=RowLengths(1000, 512, 128.0))
+    assert full.step_s is not None and counted.step_s == pytest.approx(full.step_s / 4)
+    assert (full.run_s, counted.run_s) == (None, pytest.approx(counted.step_s * -(-2000 // counted.rows)))
