@@ -4,7 +4,9 @@ The protocol of arXiv:2401.16405, Appendix F, in steps of 0.1 GiB: the least lim
 succeed, a reselection among them; density 1 %, rows of 1 x 2,048 tokens, AdamW or SM3. On a CUDA device each try is a
 process of its own that holds itself to the limit (`set_per_process_memory_fraction`, which leaves the CUDA context out)
 and trains a model of random weights. Elsewhere the limit is replayed: the trace of the same run and PyTorch's caching
-allocator at that limit, and beside it cuBLAS's workspaces, which the trace does not see.
+allocator at that limit, and beside it cuBLAS's workspaces, which the trace does not see. `--readings FILE` keeps what
+there is after each cell; each try is told as it ends. Of methods without a real try only the replay takes time: give
+one `--cell` and one `--method` where time on a device is short.
 """
 
 import argparse
@@ -20,9 +22,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.kept import keep, say_versions
 from benchmarks.random_models import config_folder, random_model
 from benchmarks.real_runs import train
-from benchmarks.subjects import versions
 from engine.hardware import Device
 from engine.planner.formulas import workspace_bytes
 from engine.planner.trace_worker import trace_spec
@@ -138,6 +140,8 @@ def _succeeds(cell: Cell, method: str, limit_gib: float) -> bool:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.least_memory", *arguments], check=False, timeout=TRY_S
     )
+    tried = "enough" if done.returncode == 0 else f"too little, or failed ({done.returncode})"
+    print(f"{cell.name}, {method}: {limit_gib:.1f} GiB is {tried}", file=sys.stderr, flush=True)
     if done.returncode not in (0, OUT_OF_MEMORY):
         raise RuntimeError(f"The try of {cell.name}, {method} at {limit_gib:.1f} GiB ended with {done.returncode}.")
     return done.returncode == 0
@@ -171,21 +175,17 @@ def main() -> None:
     if options.limit_gib is not None:
         enough = attempt(cells[0], methods[0], options.limit_gib, torch.device("cuda"))
         sys.exit(0 if enough else OUT_OF_MEMORY)
-    table = []
+    kind, table = "cuda" if torch.cuda.is_available() else "cpu", list[dict[str, Any]]()
+    say_versions(kind)
     for cell in cells:
         found = [replayed(cell, method) for method in methods]
         if torch.cuda.is_available():
             best = min(range(len(methods)), key=lambda place: float(found[place]["gib"]))
             found.append(measured(cell, methods[best], round(found[best]["gib"] / STEP_GIB)))
         table += found
+        keep(options.readings, kind, table)
         if not options.json:
             print("\n".join(map(_line, found)), flush=True)
-    if options.readings:
-        options.readings.write_text(
-            json.dumps({"versions": versions("cuda" if torch.cuda.is_available() else "cpu"), "rows": table}, indent=1)
-            + "\n",
-            encoding="utf-8",
-        )
     if options.json:
         print(json.dumps(table))
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kept import keep, say_versions
 from benchmarks.speed import release
-from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, DENSITY, LLAMA_7B, Lab, Subject, makers, versions
+from benchmarks.subjects import CPU_SIZE, CUDA_SIZE, DENSITY, LLAMA_7B, Lab, Subject, makers
 from engine.planner.output_layer import chunk_tokens
 from engine.planner.storages import StorageMeter
 from engine.units import format_bytes
@@ -122,19 +123,20 @@ def _row(name: str, lab: Lab, peak: int, other: int, goal: float | None) -> dict
 
 
 def main() -> None:
-    """Print the table, or JSON; `--readings FILE` keeps it with the versions it was taken with."""
+    """Print the table, or JSON; `--readings FILE` keeps what there is after each method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
     size = CPU_SIZE if options.device == "cpu" else CUDA_SIZE
-    lab = Lab(size)
-    peaks = {name: peak_bytes(make, options.device) for name, make in makers(lab).items()}
+    say_versions(options.device)
+    lab, peaks = Lab(size), dict[str, int]()
+    for name, make in makers(lab).items():
+        peaks[name] = peak_bytes(make, options.device)
+        keep(options.readings, options.device, table(peaks, lab))
     rows = [*table(peaks, lab), floor_row(lab if options.device == "cpu" else Lab(LLAMA_7B))]
-    if options.readings:
-        whole = {"versions": versions(options.device), "rows": rows}
-        options.readings.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    keep(options.readings, options.device, rows)
     if options.json:
         print(json.dumps(rows))
         return

@@ -6,6 +6,9 @@ training loop does three steps of it under that limit: most bytes that tensors h
 the allocator took (`max_memory_reserved`), or that it ran out. Cells follow each other in one process, emptied between
 and once more when a model is made.
 Half of them, drawn by a seed, are there to calibrate the planner by; the errors that count are those of the other half.
+Cells come in an order drawn by a seed too, so that any number of them tells something of all kinds. `--readings FILE`
+keeps the rows after each cell, and those that it holds are not done again; `--seconds N` begins no cell after N
+seconds. Over NF4 there are none without bitsandbytes.
 
 `--device cpu` does a few small cells by the same code, to show that it works: storages are counted as they are made,
 and nothing is reserved.
@@ -17,17 +20,19 @@ import json
 import random
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kept import keep, kept_rows, say_versions
 from benchmarks.random_models import config_folder, random_model
 from benchmarks.real_runs import random_rows, train
-from benchmarks.subjects import versions
 from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.formulas import workspace_bytes
@@ -41,7 +46,7 @@ from engine.units import GIB
 
 BUDGET_GIB = 22.5
 STEPS = 3  # SpIEL chooses in the first, moves in the second, and begins anew in the third
-SPLIT_SEED = 0
+SPLIT_SEED, ORDER_SEED = 0, 1
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", {}),
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B", {}),
@@ -114,6 +119,11 @@ def cells() -> tuple[Cell, ...]:
 def held_out(count: int) -> frozenset[int]:
     """Return the numbers of the cells that nothing is calibrated by: half of `count`, drawn by a seed."""
     return frozenset(random.Random(SPLIT_SEED).sample(range(count), count // 2))
+
+
+def in_turns(count: int) -> list[int]:
+    """Return the numbers of all cells in the order in which they are done."""
+    return random.Random(ORDER_SEED).sample(range(count), count)
 
 
 def measure(cell: Cell, device: Device) -> dict[str, Any]:
@@ -190,15 +200,15 @@ def small_cells() -> tuple[Cell, ...]:
     )
 
 
-def summary(rows: Sequence[Mapping[str, Any]], outside: frozenset[int]) -> Iterator[str]:
+def summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each way to plan and half of the cells, and those on the verdicts."""
-    for half, numbers in (("calibration", set(range(len(rows))) - outside), ("held out", outside)):
+    for half, outside in (("calibration", False), ("held out", True)):
         for figure in ("allocated", "reserved"):
             for way in ("closed form", "trace"):
                 errors = [
                     abs(row[f"planned_{figure}_bytes"][way] / row[f"{figure}_bytes"] - 1)
-                    for number, row in enumerate(rows)
-                    if number in numbers and row[f"{figure}_bytes"]
+                    for row in rows
+                    if row["held_out"] == outside and row[f"{figure}_bytes"]
                 ]
                 if errors:
                     words = f"median error {statistics.median(errors):6.2%}, worst {max(errors):6.2%}"
@@ -216,6 +226,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--readings", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after that many")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here to measure; --device cpu does a few small cells.", file=sys.stderr)
@@ -224,15 +235,19 @@ def main() -> int:
     on_cpu = options.device == "cpu"
     device = Device("cpu", "CPU", 64 * GIB, 64 * GIB) if on_cpu else cuda_device()
     chosen = small_cells() if on_cpu else cells()
-    outside, rows = held_out(len(chosen)), []
-    for number, cell in enumerate(chosen):
+    say_versions(options.device)
+    rows, begun = kept_rows(options.readings, options.device), time.monotonic()
+    done, outside = {row["name"] for row in rows}, held_out(len(chosen))
+    without = () if find_spec("bitsandbytes") else ("sift nf4",)
+    for number in in_turns(len(chosen)):
+        cell = chosen[number]
+        if cell.name in done or cell.method in without or time.monotonic() - begun > options.seconds:
+            continue
         rows.append(measure(cell, device) | {"held_out": number in outside})
+        keep(options.readings, options.device, rows, budget_gib=BUDGET_GIB)
         if not options.json:
             print(_line(rows[-1]), flush=True)
-    if options.readings:
-        whole = {"versions": versions(options.device), "budget_gib": BUDGET_GIB, "rows": rows}
-        options.readings.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rows) if options.json else "\n".join(summary(rows, outside)))
+    print(json.dumps(rows) if options.json else "\n".join(summary(rows)))
     return 0
 
 

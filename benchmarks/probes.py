@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.kept import say_versions
 from engine.sparse.attach import SparseTuning, attach
 from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    say_versions(torch.device(options.device).type)
     torch.manual_seed(0)
     bench = build(options.device, options.width, options.layers, options.tokens)
     for _ in range(3):

@@ -1,9 +1,11 @@
 """Step times against a step that trains nothing, and against peers: `python -m benchmarks.speed`.
 
 All methods of a comparison interleaved in one process, medians of the ratios of 20 rounds; they are freed before the
-next comparison. On the CPU one thread, fp32, 512 wide, 8 layers, 512 tokens, in CPU seconds; on a CUDA device four
-layers of Llama-2-7B's shape, bf16, 2,048 tokens. A step is forward, backward, update and write-back. Masks: the top
-1 percent of |N| exp(s (a_i + b_j) / sqrt 2), normal a and b. LoRA: all linear layers, dropout 0.
+next comparison. What does not fit into a GPU's memory together, or under `--limit-gib`, is measured in blocks as below;
+a comparison that lacks a library is left out. On the CPU one thread, fp32, 512 wide, 8 layers, 512 tokens, in CPU
+seconds; on a CUDA device four layers of Llama-2-7B's shape, bf16, 2,048 tokens. A step is forward, backward, update and
+write-back. Masks: the top 1 percent of |N| exp(s (a_i + b_j) / sqrt 2), normal a and b. LoRA: all linear layers,
+dropout 0.
 
 What `recomputation` compares holds all of Llama-7B, twice too much for its limit of 23 GiB: there a subject is made,
 warmed up, measured for a block of rounds and freed, then the other; the blocks alternate, and the rounds are paired in
@@ -16,6 +18,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kept import keep, say_versions
 from benchmarks.kernels import rebuilding_makers, sampling_makers
 from benchmarks.subjects import (
     ATTENTION,
@@ -40,7 +44,6 @@ from benchmarks.subjects import (
     makers,
     quantised_makers,
     recomputation_makers,
-    versions,
 )
 from engine.units import GIB
 
@@ -175,17 +178,22 @@ def limited(device: str, limit_gib: float | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def compare(comparison: Comparison, rounds: int) -> list[Timed]:
-    """Measure the subjects of a comparison, and free them."""
+def compare(comparison: Comparison, rounds: int, limit_gib: float | None = None) -> list[Timed]:
+    """Measure the subjects of a comparison under its limit, or `limit_gib` where that is given, and free them."""
     device = comparison.size.device
-    with limited(device, comparison.limit_gib):
+    with limited(device, limit_gib or comparison.limit_gib):
         made = comparison.makers(Lab(comparison.size))
-        if comparison.in_blocks:
-            found = measure_in_blocks(made, device, rounds)
-        else:
-            found = measure([make() for make in made.values()], device, rounds)
-    release(device)
-    return found
+        found = None if comparison.in_blocks else _together(made, device, rounds)
+        release(device)
+        return found or measure_in_blocks(made, device, rounds)
+
+
+def _together(made: Mapping[str, Make], device: str, rounds: int) -> list[Timed] | None:
+    """As `measure`, of all subjects; None where they do not fit into memory at once."""
+    try:
+        return measure([make() for make in made.values()], device, rounds)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def table(timed: list[Timed], device: str) -> list[dict[str, Any]]:
@@ -214,27 +222,31 @@ def _row(one: Timed, other: Timed, device: str, goal: float | None) -> dict[str,
 
 
 def main() -> None:
-    """Print the table, or JSON; `--readings FILE` keeps it with the versions it was taken with."""
+    """Print the table, or JSON; `--readings FILE` keeps what there is after each comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comparison", action="append", choices=tuple(COMPARISONS["cuda"]), help="default: all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--limit-gib", type=float, help="of a CUDA device's memory, instead of each comparison's own")
     parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
     if unknown := set(options.comparison or ()) - set(COMPARISONS[options.device]):
         parser.error(f"--comparison {sorted(unknown)[0]} needs a CUDA device. Leave it out.")
     if options.device == "cpu":
         torch.set_num_threads(1)
+    say_versions(options.device)
     rows: list[dict[str, Any]] = []
     for name in options.comparison or COMPARISONS[options.device]:
-        timed = compare(COMPARISONS[options.device][name], options.rounds)
+        try:
+            timed = compare(COMPARISONS[options.device][name], options.rounds, options.limit_gib)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         rows += table(timed, options.device)
+        keep(options.readings, options.device, rows, rounds=options.rounds)
         if not options.json:
             _print(timed, options.device)
-    if options.readings:
-        whole = {"versions": versions(options.device), "rounds": options.rounds, "rows": rows}
-        options.readings.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(rows))
 

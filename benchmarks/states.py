@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from benchmarks.kept import say_versions
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.optimizers import build_optimizer
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    say_versions(torch.device(options.device).type)
     rows = measure(options.device, options.tensors, options.entries)
     if options.json:
         print(json.dumps(rows))

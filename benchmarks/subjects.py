@@ -271,8 +271,11 @@ def has_peft(name: str) -> bool:
 
 def versions(device_type: str) -> dict[str, str]:
     """Return what the readings were taken with."""
-    device = torch.cuda.get_device_name() if device_type == "cuda" else f"{platform.machine()}, 1 thread"
+    device, optional = f"{platform.machine()}, 1 thread", ["peft"]
+    if device_type == "cuda":
+        device, optional = torch.cuda.get_device_name(), ["peft", "bitsandbytes", "triton", "liger-kernel"]
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        found["peft"] = importlib.metadata.version("peft")
+    for name in optional:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {"device": device, "python": platform.python_version(), **found}

@@ -175,7 +175,9 @@ def chunked_causal_loss(
 def summed_loss(layer: OutputLayer, hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross-entropy of `labels`, without the logits of all tokens.
 
-    On a GPU by Liger-Kernel's kernels, which make it in fewer passes, where they are installed and agree.
+    On a GPU by Liger-Kernel's kernels, which make it in fewer passes, where they are installed and agree. Their forward
+    and their backward each wait for a number from the device, and a chunk is as large as they see fit: its logits take
+    up to twice the memory of `hidden`.
 
     Args:
         layer: makes the logits.

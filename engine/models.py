@@ -41,6 +41,11 @@ HEAD_MODULES = (
     "sequence_summary",
     "logits_proj",
 )
+_TOKENIZER_FILES = ("*token*", "vocab.*", "*.model")
+_NO_TOKENIZER = (
+    "Model {model!r} has no tokenizer that can be loaded. "
+    "Put its tokenizer.json and tokenizer_config.json into the folder."
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -216,6 +221,9 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
         ModelError: the model has none that can be read.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
+    source = resolve_model(spec.model, spec.model_revision)
+    if isinstance(source, Path) and not any(any(source.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(_NO_TOKENIZER.format(model=spec.model))  # some classes would be made with no words at all
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, spec)
     return tokenizer
 
@@ -235,8 +243,5 @@ def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
             require_hub(f"model {spec.model!r}")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if loader is AutoTokenizer:
-            raise ModelError(
-                f"Model {spec.model!r} has no tokenizer that can be loaded. Put its tokenizer.json and "
-                "tokenizer_config.json into the folder."
-            ) from error
+            raise ModelError(_NO_TOKENIZER.format(model=spec.model)) from error
         raise ModelError(f"The weights of {spec.model!r} cannot be loaded: {first}") from error

@@ -43,6 +43,7 @@ OptimizerName = Literal[
 Structure = Literal["free", "columns", "rows_x_columns"]
 Role = Literal["instruction", "input", "output", "system", "messages", "text", "text_pair", "label"]
 
+SHORTEST_LENGTH = 8  # tokens
 _DENSITY = "Trained share of the entries of each target weight, for the sparse methods; lora, ia3 and full have none."
 
 
@@ -370,7 +371,7 @@ class RunSpec(BaseModel):
 
     sequence_length: Annotated[
         int,
-        Field(ge=8, le=1_048_576),
+        Field(ge=SHORTEST_LENGTH, le=1_048_576),
         About("memory", "Sequence length", "Longest row; longer ones are cut.", "tokens"),
     ] = 512
     micro_batch_size: Annotated[

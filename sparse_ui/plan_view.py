@@ -10,7 +10,7 @@ from engine.planner.plan import Plan, Remedy, cut_rows, make_plan, plan_device
 from engine.planner.row_lengths import known_lengths
 from engine.planner.traced import why_untraced
 from engine.planner.traced_plan import planned_shape
-from engine.spec import RunSpec, about
+from engine.spec import SHORTEST_LENGTH, RunSpec, about
 from engine.tracer import Tracer
 from engine.units import format_bytes, format_count, format_percent
 from sparse_ui import cards, form
@@ -22,7 +22,6 @@ TRACING = "A step of this model's own code is being traced; exact figures come i
 ROWS = "For {rows:,} rows of up to {longest:,} tokens, {mean:,.0f} on average, as counted."
 ELSEWHERE = "Start trains on this computer, whatever the plan is for."
 _LENGTHS = 6  # columns of the map of what fits
-_SHORTEST = 8  # tokens
 _BATCHES = (1, 2, 4, 8)
 
 
@@ -136,7 +135,7 @@ def _is_pending(spec: RunSpec, plan: Plan, card: str) -> bool:
 def _fits_map(spec: RunSpec, card: str) -> str:
     device = plan_device(spec, card or None)
     shape = planned_shape(spec, device)
-    lengths = sorted({max(_SHORTEST, spec.sequence_length * 2**power // 4) for power in range(_LENGTHS)})
+    lengths = sorted({max(SHORTEST_LENGTH, spec.sequence_length * 2**power // 4) for power in range(_LENGTHS)})
     rows = []
     for batch in sorted({*_BATCHES, spec.micro_batch_size}):
         changes = [{"sequence_length": length, "micro_batch_size": batch} for length in lengths]

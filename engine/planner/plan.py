@@ -13,7 +13,7 @@ from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import ModelShape
 from engine.planner.traced_plan import planned_shape, with_trace
 from engine.planner.workload import dtype_of
-from engine.spec import BASELINES, RunSpec
+from engine.spec import BASELINES, SHORTEST_LENGTH, RunSpec
 from engine.units import format_bytes
 
 __all__ = ["HOW_TO_MEASURE", "LABELS", "Plan", "Remedy", "make_plan", "plan_device", "plan_table", "require_fit"]
@@ -87,7 +87,7 @@ def cut_rows(spec: RunSpec, lengths: RowLengths | None) -> RunSpec:
     """Return `spec` with rows no longer than the dataset's longest, where they were counted."""
     if lengths is None or lengths.longest >= spec.sequence_length:
         return spec
-    return spec.model_copy(update={"sequence_length": lengths.longest})
+    return spec.model_copy(update={"sequence_length": max(SHORTEST_LENGTH, lengths.longest)})
 
 
 def with_time(plan: Plan, spec: RunSpec, shape: ModelShape, device: Device, lengths: RowLengths | None = None) -> Plan:

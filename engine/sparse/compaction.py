@@ -18,6 +18,7 @@ from torch import Tensor
 
 MOST_SLICES = 16  # candidate cuts; the cost of a plan is flat around its optimum
 LEAST_SIDE = 16  # a product with a shorter side takes no less time: kernels work in tiles
+ON_GPU = 8  # sides are multiples of it there: tensor cores read 16 bytes at once, and else at a fraction of their rate
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def block_cost_s(height: int, width: int, shape: tuple[int, int], tokens: int, c
     return costs.call_s + tokens * (costs.multiply_s * multiplied + costs.gather_s * gathered)
 
 
-def group_rows(indices: Tensor, shape: tuple[int, int], tokens: int, costs: GradientCosts) -> tuple[Grouping, float]:
+def group_rows(
+    indices: Tensor, shape: tuple[int, int], tokens: int, costs: GradientCosts, multiple: int = 1
+) -> tuple[Grouping, float]:
     """Return the cheapest row groups for the entries at `indices`, and the seconds they take by `costs`.
 
     Args:
@@ -97,18 +100,29 @@ def group_rows(indices: Tensor, shape: tuple[int, int], tokens: int, costs: Grad
         shape: (out_features, in_features).
         tokens: of a micro-batch.
         costs: of the device and dtype.
+        multiple: of which the sides of all products are, in a weight whose own sides are; rows and columns that are
+            added for it hold no entries.
     """
     out_features, in_features = shape
     row, column = indices // in_features, indices % in_features
     count = torch.bincount(row, minlength=out_features)
     order = count.argsort(descending=True, stable=True)
     touched = int((count > 0).sum())
-    cuts = sorted({round(touched * (k / MOST_SLICES) ** 2) for k in range(MOST_SLICES + 1)})
+    ends = (-(-round(touched * (k / MOST_SLICES) ** 2) // multiple) * multiple for k in range(MOST_SLICES + 1))
+    cuts = sorted({min(end, out_features) for end in ends})
     slice_of = torch.bucketize(_inverse(order), torch.tensor(cuts[1:], device=indices.device), right=True)
     touch = torch.zeros(len(cuts) - 1, in_features, dtype=torch.int32, device=indices.device)
     touch[slice_of[row], column.long()] = 1
     chosen, cost = _cheapest_cuts(cuts, _union_widths(touch), shape, tokens, costs)
-    return _grouping(order, [(cuts[a], cuts[b], touch[a:b].amax(0) > 0) for a, b in chosen], shape, indices), cost
+    groups = [(cuts[a], cuts[b], _columns(touch[a:b].amax(0) > 0, multiple)) for a, b in chosen]
+    return _grouping(order, groups, shape, indices), cost
+
+
+def _columns(touched: Tensor, multiple: int) -> Tensor:
+    """Return the columns of a mask, (n,) int64 sorted, with others that make their number a multiple."""
+    columns = touched.nonzero().flatten()
+    others = touched.logical_not().nonzero().flatten()[: -columns.numel() % multiple]
+    return torch.cat((columns, others)).sort().values
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -149,15 +163,15 @@ def _cheapest_cuts(
 def _grouping(
     order: Tensor, groups: Sequence[tuple[int, int, Tensor]], shape: tuple[int, int], indices: Tensor
 ) -> Grouping:
-    """Lay out the products of `groups`: from and to which place in `order` their rows are, and a mask of columns."""
+    """Lay out the products of `groups`: from and to which place in `order` their rows are, and their columns."""
     out_features, in_features = shape
     base, shift = indices.new_zeros(out_features), indices.new_zeros(out_features)
     place = indices.new_zeros(len(groups), in_features)
     all_rows, all_columns, sizes = [], [], []
     start = 0
-    for number, (begin, end, mask) in enumerate(groups):
+    for number, (begin, end, taken) in enumerate(groups):
         rows = order[begin:end].sort().values.to(indices.dtype)
-        columns = mask.nonzero().flatten().to(indices.dtype)
+        columns = taken.to(indices.dtype)
         height, width = rows.numel(), columns.numel()
         row_step, column_step = (width, 1) if height <= width else (1, height)
         base[rows.long()] = start + row_step * torch.arange(height, dtype=indices.dtype, device=indices.device)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.sparse.compaction import GradientCosts, Grouping, group_rows
+from engine.sparse.compaction import ON_GPU, GradientCosts, Grouping, group_rows
 from engine.sparse.kernels import sampled_products
 
 Way = Literal["dense", "compaction", "sampled"]
@@ -73,7 +73,7 @@ def plan_gradient(
         return GradientPlan(way, shape, count)
     if indices.is_meta:  # no numbers to go by: the way that takes the most memory
         return GradientPlan("dense", shape, count)
-    grouping, grouped_s = group_rows(indices, shape, tokens, costs)
+    grouping, grouped_s = group_rows(indices, shape, tokens, costs, ON_GPU if indices.is_cuda else 1)
     if way == "auto":
         dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
         sampled_s = costs.call_s + tokens * costs.sampled_s * count

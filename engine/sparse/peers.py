@@ -142,4 +142,6 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own, and DistBackendError
+        if "out of memory" in str(error):  # NCCL takes memory of its own at the first exchange
+            raise
         raise PeerLostError("Another process of the run ended; output.log has its last lines.") from error

@@ -20,11 +20,15 @@ Place = Callable[[ActiveEntries, Tensor], None]
 
 
 def add_in_host_memory(sums: dict[str, Tensor], entry: ActiveEntries, grad: Tensor) -> None:
-    """Add the dense gradient of one weight to its sum in host memory, in the dtype of the values."""
+    """Add the dense gradient of one weight to its sum in host memory, in the dtype of the values.
+
+    It goes there in its own: a GPU converts before it copies, and would hold the weight's gradient in fp32 as well.
+    """
+    here = grad.cpu()
     if entry.name in sums:
-        sums[entry.name].add_(grad.to("cpu", entry.values.dtype))
+        sums[entry.name].add_(here)
     else:
-        sums[entry.name] = grad.to("cpu", entry.values.dtype, copy=True)
+        sums[entry.name] = here.to(entry.values.dtype, copy=True)
 
 
 def take_sums(

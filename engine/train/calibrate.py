@@ -42,6 +42,8 @@ def measure(name: str) -> None:
     data = prepare_data(spec, tokenizer)
     data = replace(data, training=longest_rows(data.training, spec.micro_batch_size))
     free_bytes = found.free_bytes
+    if not found.is_cpu:
+        torch.cuda.set_device(device)
     model = load_model(spec, device)
     plan = make_plan(spec, with_remedies=False, lengths=data.row_lengths)
     context_bytes = _taken_bytes(found, free_bytes, plan.parts["parameters"])

@@ -52,9 +52,12 @@ def gather_rng(peers: Peers) -> dict[str, Tensor]:
 
 
 def _rng(rank: int) -> dict[str, Tensor]:
-    """Return the random states of this process, number `rank`, as they are called in a checkpoint."""
+    """Return the random states of this process, number `rank`, as they are called in a checkpoint.
+
+    A run on the CPU does not begin to use a GPU that is there.
+    """
     states = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["rng.cuda"] = torch.cuda.get_rng_state()
     return {f"{name}.{rank}" if rank else name: state for name, state in states.items()}
 
@@ -128,8 +131,9 @@ def _load_optimizer(tensors: dict[str, Tensor], tuning: Tuning, optimizer: torch
         if isinstance(part, SparseAdamW):
             part.put_state(values, found)
         else:
-            fused = part.param_groups[0].get("fused")  # else torch keeps the count of steps on the CPU
+            # Else torch keeps the count of steps, and what NAdam makes of it, on the CPU.
+            on_device = part.param_groups[0].get("fused")
             part.state[values] = {
-                key: tensor if key == "step" and not fused else tensor.to(values.device)
+                key: tensor.to(values.device) if on_device or key not in ("step", "mu_product") else tensor
                 for key, tensor in found.items()
             }

@@ -156,7 +156,7 @@ class Trainer:
             step += 1
 
     def _optimizer_step(self, step: int) -> StepFigures:
-        """Do step `step`, from 1; where it chooses nothing and is not in float16, nobody waits for the device."""
+        """Do step `step`, from 1; where it chooses nothing and is not in float16, nobody here waits for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.spec)
         rows = self._feed.take(step)

@@ -34,6 +34,8 @@ from engine.train.tuning import Tuning
 from engine.units import GIB, format_bytes
 
 _MICRO_STEPS = 2  # of the step: sums over micro-batches take as much with two as with many
+# The CPU's allocator; CUDA itself, Triton and NCCL, which have memory of their own; cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LESS = 0.8  # of the planned peak: what has run out is to save at least the rest
 
 
@@ -157,8 +159,10 @@ def _ignore(_event: Event) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, on a GPU or in the CPU's allocator."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Return whether memory ran out: in PyTorch's allocators, or on a GPU in what lies beside them."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def longest_rows(examples: Examples | LabelledExamples, count: int) -> Examples | LabelledExamples:

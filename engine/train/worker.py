@@ -158,7 +158,7 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
     spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
     device = torch.device(resolve_device(spec.device).name)
-    if peers.count > 1 and device.type == "cuda":
+    if device.type == "cuda":  # for libraries and random states that ask for the current one
         torch.cuda.set_device(device)  # not before its turn: that takes memory
     with peers.one_after_the_first():
         tokenizer = load_tokenizer(spec)

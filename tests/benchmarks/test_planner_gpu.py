@@ -1,10 +1,14 @@
 """The plan against real steps, in small: the cells on the CPU, and the table of all cells."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks import planner_gpu
-from benchmarks.planner_gpu import METHODS, MODELS, Cell, cells, held_out, measure, small_cells, summary
+from benchmarks.planner_gpu import METHODS, MODELS, Cell, cells, held_out, in_turns, measure, small_cells, summary
 from engine.hardware import Device
 from engine.presets import known_config
 from engine.units import GIB
@@ -29,6 +33,10 @@ def test_there_are_enough_cells_of_every_kind_and_half_are_held_out() -> None:
     assert len(outside) == len(every) // 2
     assert outside == held_out(len(every))
     assert {every[number].method for number in outside} == METHODS.keys()
+    begun = [every[number] for number in in_turns(len(every))[:20]]
+    assert {cell.method for cell in begun} == METHODS.keys()
+    assert len({cell.model for cell in begun}) >= 5
+    assert sorted(in_turns(len(every))) == [*range(len(every))]
 
 
 def test_the_summary_counts_errors_by_half_and_wrong_verdicts() -> None:
@@ -39,14 +47,40 @@ def test_the_summary_counts_errors_by_half_and_wrong_verdicts() -> None:
         "planned_allocated_bytes": ways,
         "planned_reserved_bytes": ways,
     }
-    fine, shy = row | {"ran": True, "verdict": "fits"}, row | {"ran": True, "verdict": "does not fit"}
-    wrong = row | {"ran": False, "verdict": "fits", "allocated_bytes": None}
-    lines = [*summary([fine, shy, wrong], frozenset({0}))]
+    fine = row | {"ran": True, "verdict": "fits", "held_out": True}
+    shy = row | {"ran": True, "verdict": "does not fit", "held_out": False}
+    wrong = shy | {"ran": False, "verdict": "fits", "allocated_bytes": None}
+    lines = [*summary([fine, shy, wrong])]
     assert lines[:2] == [
         "calibration allocated closed form median error 10.00%, worst 10.00% of 1 cells",
         "calibration allocated trace       median error  1.00%, worst  1.00% of 1 cells",
     ]
     assert lines[-2:] == ["1 of 2 that fit ended out of memory", "1 of 1 that do not fit would have fitted"]
+
+
+def test_cut_off_it_goes_on_from_what_it_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, measured = tmp_path / "kept.json", list[str]()
+
+    def measure_two_a_time(cell: Cell, device: Device) -> dict[str, Any]:
+        if measured and len(measured) % 2 == 0:
+            raise KeyboardInterrupt
+        measured.append(cell.name)
+        return measure(cell, device)
+
+    monkeypatch.setattr(planner_gpu, "measure", measure_two_a_time)
+    monkeypatch.setattr("sys.argv", ["planner_gpu", "--device", "cpu", "--readings", str(kept)])
+    with pytest.raises(KeyboardInterrupt):
+        planner_gpu.main()
+    monkeypatch.setattr(planner_gpu, "measure", measure)
+    assert planner_gpu.main() == 0
+    names = [row["name"] for row in json.loads(kept.read_text())["rows"]]
+    assert names[:2] == measured
+    assert sorted(names) == sorted(cell.name for cell in small_cells())
+    assert f"torch {torch.__version__}" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["planner_gpu", "--device", "cpu", "--seconds", "-1"])
+    assert planner_gpu.main() == 0  # nothing is begun
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,13 +1,16 @@
 """The tables of step times, in small."""
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.kernels import rebuilding_makers, sampling_makers
-from benchmarks.speed import GOALS, Comparison, Timed, compare, table
-from benchmarks.subjects import KEPT, Lab, Make, Size, makers, quantised_makers, recomputation_makers
+from benchmarks.speed import BLOCK, GOALS, Comparison, Timed, compare, table
+from benchmarks.subjects import KEPT, Lab, Make, Size, Subject, makers, quantised_makers, recomputation_makers
 
 TINY = Size("cpu", torch.float32, 64, 128, 2, 16, 32)
 
@@ -41,6 +44,23 @@ def test_blocks_of_rounds_alternate_and_pair() -> None:
     timed = compare(Comparison(recomputation_makers, TINY, in_blocks=True), rounds=5)
     assert {len(each.seconds) for each in timed} == {8}
     assert f"{KEPT} / fused LoRA r = 1, checkpointed" in {row["name"] for row in table(timed, "cpu")}
+
+
+def test_what_does_not_fit_together_is_measured_in_blocks() -> None:
+    """A device with room for one model: a second one beside it is refused."""
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def crowded(lab: Lab) -> dict[str, Make]:
+        def make(name: str) -> Subject:
+            if alive:
+                raise torch.OutOfMemoryError("no room for two")
+            subject = lab.sparse(name)
+            alive.add(subject.model)
+            return subject
+
+        return {name: partial(make, name) for name in ("one", "other")}
+
+    assert [len(each.seconds) for each in compare(Comparison(crowded, TINY), rounds=1)] == [BLOCK, BLOCK]
 
 
 def test_what_does_not_fit_has_a_row_that_says_so() -> None:

@@ -1,11 +1,14 @@
 """Loading a base model: what of it is loaded, under which names."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-from engine.models import load_model
+from engine.errors import ModelError
+from engine.models import load_model, load_tokenizer
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
 
@@ -25,3 +28,10 @@ def test_language_model_is_taken_out_of_one_that_also_sees(
     again = AutoModelForCausalLM.from_pretrained(folder / "alone").eval()
     assert torch.equal(again(input_ids=IDS).logits, whole(input_ids=IDS).logits)
     assert dict(read_shape(str(folder), None).tensors) == tensors
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "qwen2"])
+def test_a_folder_without_a_tokenizer_has_none_not_one_of_no_words(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ModelError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(RunSpec(model=str(tmp_path)))

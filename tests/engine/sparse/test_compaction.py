@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.sparse.compaction import GradientCosts, group_rows
+from engine.sparse.compaction import ON_GPU, GradientCosts, group_rows
 from engine.sparse.gradient_costs import DEFAULT_COSTS, costs_for
-from engine.sparse.gradient_ways import Way, Workspace, plan_gradient, values_gradients
+from engine.sparse.gradient_ways import GradientPlan, Way, Workspace, plan_gradient, values_gradients
 from engine.sparse.selection import select_topk_indices
 
 WAYS: tuple[Way, ...] = ("dense", "compaction", "sampled")
@@ -43,6 +43,23 @@ def test_every_way_gives_the_entries_of_the_dense_product(
             plan = plan_gradient(indices, shape, tokens, costs, way)
             found = values_gradients(grad_y, x, plan, [indices], Workspace())[0]
             torch.testing.assert_close(found, dense[indices.long()], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("costs", [DEFAULT_COSTS, MULTIPLIES_ONLY], ids=["default", "many groups"])
+@pytest.mark.parametrize(
+    ("shape", "count"), [((96, 160), 1), ((96, 160), 150), ((96, 160), 9000), ((7, 30), 9), ((30, 9), 40)], ids=str
+)
+def test_sides_of_products_for_a_gpu_are_multiples_where_those_of_the_weight_are(
+    shape: tuple[int, int], count: int, costs: GradientCosts
+) -> None:
+    grad_y, x = _factors(shape, 12)
+    indices = _clustered(shape, count, 1.0)
+    grouping, _ = group_rows(indices, shape, 12, costs, ON_GPU)
+    for sides in grouping.sizes:
+        assert all(side % ON_GPU == 0 or whole % ON_GPU for side, whole in zip(sides, shape, strict=True))
+    plan = GradientPlan("compaction", shape, count, grouping)
+    (found,) = values_gradients(grad_y, x, plan, [indices], Workspace())
+    torch.testing.assert_close(found, (grad_y.T @ x).flatten()[indices.long()], atol=1e-12, rtol=0)
 
 
 def test_positions_may_come_unsorted_and_twice() -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import distributed
 
 from engine.errors import WorkerError
-from engine.sparse.peers import ALONE, Peers
+from engine.sparse.peers import ALONE, PeerLostError, Peers, _together
 
 
 def test_alone_nothing_changes() -> None:
@@ -18,6 +19,13 @@ def test_alone_nothing_changes() -> None:
     with ALONE.one_after_the_first():
         assert Peers.join(1, on_cpu=True) is ALONE
     assert (ALONE.is_first, ALONE.last_word()) == (True, "")
+
+
+def test_memory_that_ran_out_in_an_exchange_is_no_lost_process() -> None:
+    nccl = "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error. Last error: Cuda failure 2 'out of memory'"
+    for said, kind in ((nccl, distributed.DistBackendError), ("Connection closed by peer", PeerLostError)):
+        with pytest.raises(kind), _together():
+            raise distributed.DistBackendError(said)
 
 
 def test_several_that_torchrun_did_not_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch import Tensor, nn
 
+from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import (
     EXACT_NUMEL,
     GlobalChoice,
@@ -8,6 +10,7 @@ from engine.sparse.selection import (
     select_topk_indices,
     squared_norms_of_top,
 )
+from engine.sparse.sift import add_in_host_memory
 
 
 @pytest.mark.parametrize("shape", [(7,), (16, 8), (3, 5, 4)])
@@ -93,3 +96,23 @@ def test_sampled_top_shares_are_within_two_percent_of_the_exact_ones() -> None:
     counts = [squares.numel() // 1000, squares.numel() // 100, squares.numel() // 20]
     exact = [float(squares.topk(count).values.sum()) for count in counts]
     assert squared_norms_of_top(squares, counts) == pytest.approx(exact, rel=0.02)
+
+
+def test_gradients_in_16_bit_are_summed_in_fp32() -> None:
+    entry = ActiveEntries("w", nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)), 9)
+    grads, sums = torch.randn(3, 64, 64).bfloat16(), dict[str, Tensor]()
+    for grad in grads:
+        add_in_host_memory(sums, entry, grad)
+    assert torch.equal(sums["w"], grads[0].float() + grads[1].float() + grads[2].float())
+
+
+@pytest.mark.gpu
+def test_sums_in_host_memory_take_nothing_of_a_gpu() -> None:
+    """A gradient in 16 bit crosses as it is: converted on the device it would lie there in fp32 as well."""
+    entry = ActiveEntries("w", nn.Parameter(torch.zeros(1024, 1024, dtype=torch.bfloat16, device="cuda")), 9)
+    grad, sums = torch.randn(1024, 1024, device="cuda").bfloat16(), dict[str, Tensor]()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        add_in_host_memory(sums, entry, grad)
+    assert torch.cuda.max_memory_allocated() == before

@@ -16,7 +16,7 @@ from engine.planner.plan import make_plan
 from engine.spec import RunSpec
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
-from engine.train.preflight import Preflight
+from engine.train.preflight import Preflight, is_out_of_memory
 from engine.train.tuning import start_tuning
 
 CPU = torch.device("cpu")
@@ -116,6 +116,23 @@ def test_it_is_at_the_longest_rows_of_this_dataset(parts: Any, monkeypatch: pyte
     assert (event.rows, event.length) == (2, lengths[0])
     assert seen == [(2, lengths[0]), (2, lengths[2])] or seen == [(2, lengths[0]), (2, lengths[0])]
     assert made.plan.peak_bytes < make_plan(made.spec).peak_bytes  # the rows are shorter than sequence_length
+
+
+@pytest.mark.parametrize(
+    ("said", "ran_out"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+            True,
+        ),
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: invalid argument", False),
+    ],
+)
+def test_memory_runs_out_beside_pytorchs_own_allocator_too(said: str, ran_out: bool) -> None:
+    assert is_out_of_memory(RuntimeError(said)) == ran_out
 
 
 def test_memory_that_runs_out_names_what_helps_and_the_model_stays_usable(
