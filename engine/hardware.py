@@ -1,6 +1,8 @@
 """What this computer has: graphics cards through NVML, memory through psutil. Never torch: it would hold GPU memory."""
 
+import os
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import psutil
@@ -12,7 +14,7 @@ from engine.units import GIB
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device as NVML sees it."""
+    """One CUDA device as NVML sees it; `index` as CUDA counts those that it shows."""
 
     index: int
     name: str
@@ -49,19 +51,34 @@ class Device:
 
 
 def list_gpus() -> list[Gpu]:
-    """Return the CUDA devices of this computer; empty where there is no driver."""
+    """Return the CUDA devices that a run may use, in their order; empty where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
     try:
-        return [_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_read_gpu(index, handle) for index, handle in enumerate(_visible(handles))]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _read_gpu(index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+def _visible(handles: list[Any]) -> list[Any]:
+    """Return the cards that CUDA_VISIBLE_DEVICES names, by number or UUID, up to the first that is not there."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return handles
+    named = (_named(name.strip(), handles) for name in names.split(","))
+    return list(takewhile(lambda handle: handle is not None, named))
+
+
+def _named(name: str, handles: list[Any]) -> Any:
+    if name.isdecimal():
+        return handles[int(name)] if int(name) < len(handles) else None
+    return next((handle for handle in handles if name and str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name)), None)
+
+
+def _read_gpu(index: int, handle: Any) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         temperature: int | None = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
