@@ -167,11 +167,11 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
     spec = _as_before(run, spec)
     lengths = data.row_lengths  # no batch is longer, so the bar is true
     plan = plan_by_trace(spec, lengths=lengths) if peers.is_first else make_plan(spec, lengths=lengths)
-    require_fit(plan)
-    spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
     if peers.is_first:
         keep_lengths(spec, lengths)
+        require_fit(plan)
         write_json(run.path / "plan.json", plan.to_dict())
+    spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
     hold_to_budget(plan, device)
     torch.manual_seed(spec.seed + peers.rank)
     trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device), peers)
