@@ -118,10 +118,24 @@ def _options(spec: RunSpec, device: torch.device, dense: Sequence[str] = ()) -> 
 
 
 def _attention(classes: Any, config: Any, spec: RunSpec) -> str:
-    """Return the attention of the spec, eager where transformers has no fused one for the class of this config."""
+    """Return the attention of the spec, eager where transformers has no fused one for the class of this config.
+
+    Raises:
+        ModelError: transformers has no such class.
+    """
     found = classes.get(type(config), None)
+    if found is None:
+        raise ModelError(_not_such(spec, config))
     model_class = found[0] if isinstance(found, tuple) else found
-    return spec.attention if model_class is None or model_class._supports_sdpa else "eager"
+    return spec.attention if model_class._supports_sdpa else "eager"
+
+
+def _not_such(spec: RunSpec, config: Any) -> str:
+    if spec.task == "classification":
+        return f"transformers knows no classification by models of the family {config.model_type!r}. Give another one."
+    able = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    remedy = "Set task=classification, or give a causal language model." if able else "Give a causal language model."
+    return f"{spec.model!r} is no causal language model ({config.model_type}). {remedy}"
 
 
 def _placed(model: Any, spec: RunSpec, device: torch.device) -> PreTrainedModel:
@@ -236,7 +250,11 @@ def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return loader.from_pretrained(
-            source, revision=spec.model_revision or "main", local_files_only=not online, **options
+            source,
+            revision=spec.model_revision or "main",
+            local_files_only=not online,
+            trust_remote_code=False,  # and nobody is asked
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if not local and not online:
@@ -244,4 +262,9 @@ def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if loader is AutoTokenizer:
             raise ModelError(_NO_TOKENIZER.format(model=spec.model)) from error
-        raise ModelError(f"The weights of {spec.model!r} cannot be loaded: {first}") from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"Model {spec.model!r} comes with code of its own, which is not run here. "
+                "Give a model of a family that transformers knows."
+            ) from error
+        raise ModelError(f"Model {spec.model!r} cannot be loaded: {first}") from error

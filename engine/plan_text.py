@@ -4,9 +4,7 @@ import json
 from dataclasses import asdict
 
 from engine.errors import BudgetError
-from engine.hardware import Device
-from engine.planner.estimate import estimate
-from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit, largest
+from engine.planner.fit import LARGEST_FIELDS, Change, Field, Fit
 from engine.planner.plan import Plan, fit_sentence, plan_device, plan_table, with_time
 from engine.planner.traced_plan import planned_shape
 from engine.spec import RunSpec, about
@@ -71,10 +69,9 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
     """
     device = plan_device(spec, card)
     with Tracer() as tracer:
-        fit = tracer.fit(spec, device) if field is None else _largest_fit(field, spec, device)
-    shape = planned_shape(fit.spec, device)
-    plan = with_time(fit.plan, fit.spec, shape, device)
-    most = {} if field else {name: largest(name, fit.spec, shape, device) for name in LARGEST_FIELDS}
+        fit = tracer.fit(spec, device) if field is None else _largest_fit(field, spec, card, tracer)
+        most = {} if field else {name: tracer.largest(name, fit.spec, device) for name in LARGEST_FIELDS}
+    plan = with_time(fit.plan, fit.spec, planned_shape(fit.spec, device), device)
     if as_json:
         body = {
             **plan.to_dict(),
@@ -97,13 +94,13 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
     return 0
 
 
-def _largest_fit(field: Field, spec: RunSpec, device: Device) -> Fit:
-    found = largest(field, spec, planned_shape(spec, device), device)
+def _largest_fit(field: Field, spec: RunSpec, card: str | None, tracer: Tracer) -> Fit:
+    found = tracer.largest(field, spec, plan_device(spec, card))
     if found is None:
         raise BudgetError(f"No {about(field).label.lower()} fits with the rest as it is. Use --fit.")
     changes = {field: found} | ({"model_revision": None} if field == "model" else {})
     fitted = spec.model_copy(update=changes)
-    plan = estimate(fitted, planned_shape(fitted, device), device)
+    plan = tracer.plan(fitted, card)
     change = Change(field, about(field).label, getattr(spec, field), found, "the largest that fits")
     return Fit(fitted, plan, (change,))
 

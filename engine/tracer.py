@@ -4,20 +4,24 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, replace
+from select import select
 from typing import Any, Self
 
-from engine.errors import EngineError, WorkerError
+from engine.errors import EngineError, ModelError, WorkerError
 from engine.hardware import Device
-from engine.planner.fit import Fit, fit_spec
+from engine.planner.estimate import estimate
+from engine.planner.fit import Field, Fit, fit_spec, largest
 from engine.planner.plan import Plan, cut_rows, make_plan, plan_device
 from engine.planner.row_lengths import RowLengths, known_lengths
-from engine.planner.traced import Traced, traced, why_untraced
+from engine.planner.traced import Traced, keep_failure, traced, why_untraced
 from engine.planner.traced_plan import planned_shape, with_trace
 from engine.presets import find_dataset
 from engine.processes import STOP_TIMEOUT_S, child_process
 from engine.spec import RunSpec
 
+_PATIENCE_S = 60.0  # for one answer
 _IDLE_S = 60.0  # then its process ends: it holds half a GiB
 _ROUNDS = 3  # of trace and plan: what is recomputed, or what fits, may change with what a trace says
 
@@ -44,7 +48,8 @@ class Tracer:
         """Return what a run of `spec` on `device` holds in memory.
 
         Raises:
-            EngineError: the model cannot be built or traced, or no weight is a target.
+            ModelError: no run can load such a model.
+            EngineError: it cannot be traced, or not in time, or no weight is a target.
             WorkerError: the process died.
         """
         known = traced(spec, device)
@@ -52,7 +57,14 @@ class Tracer:
             return known
         if why := why_untraced(spec, device):
             raise EngineError(why)
-        answer = self._ask({"spec": spec.model_dump(mode="json"), "device": asdict(device)})
+        try:
+            answer = self._ask({"spec": spec.model_dump(mode="json"), "device": asdict(device)})
+        except TimeoutError:
+            why = f"A trace of its code takes longer than {_PATIENCE_S:.0f} s."
+            keep_failure(spec, device, why)
+            raise EngineError(why) from None
+        if "refused" in answer:
+            raise ModelError(answer["refused"])
         if "error" in answer:
             raise EngineError(answer["error"])
         return Traced.of(answer)
@@ -61,13 +73,16 @@ class Tracer:
         """Return how long the rows of a run of `spec` are; None of a dataset on the Hub, or with very many rows.
 
         Raises:
-            EngineError: the dataset or the tokenizer cannot be read.
+            EngineError: the dataset or the tokenizer cannot be read, or not in time.
             WorkerError: the process died.
         """
         known = known_lengths(spec)
         if known is not None or find_dataset(spec.dataset or "") is None:
             return known
-        answer = self._ask({"spec": spec.model_dump(mode="json")})
+        try:
+            answer = self._ask({"spec": spec.model_dump(mode="json")})
+        except TimeoutError:
+            raise EngineError(f"The rows of {spec.dataset!r} were not counted in {_PATIENCE_S:.0f} s.") from None
         if "error" in answer:
             raise EngineError(answer["error"])
         return RowLengths(**answer["lengths"]) if answer["lengths"] else None
@@ -89,6 +104,8 @@ class Tracer:
                 break
             try:
                 self.trace(cut_rows(plan.settle(spec), lengths), plan_device(spec, card))
+            except ModelError:
+                raise
             except EngineError as error:
                 return plan if str(error) in plan.note else replace(plan, note=f"{plan.note} {error}")
             plan = make_plan(spec, card=card, lengths=lengths)
@@ -101,19 +118,48 @@ class Tracer:
             BudgetError: nothing makes it fit.
         """
         fit = fit_spec(spec, planned_shape(spec, device), device)
+        best = fit
         for _ in range(_ROUNDS):
             if fit.plan.exact:
                 break
             settled = fit.plan.settle(fit.spec)
             try:
                 self.trace(settled, device)
+            except ModelError:
+                raise
             except EngineError:
                 break
-            plan = with_trace(fit.plan, settled, device)
-            if plan.verdict == "fits":
-                return replace(fit, plan=plan)
+            checked = replace(fit, plan=with_trace(fit.plan, settled, device))
+            if checked.plan.verdict == "fits" or not best.plan.traced:
+                best = checked
             fit = fit_spec(spec, planned_shape(settled, device), device)
-        return fit
+            if fit.spec == checked.spec:
+                break
+        return best
+
+    def largest(self, field: Field, spec: RunSpec, device: Device) -> Any:
+        """Return `fit.largest` of `spec`; of a family that the closed forms do not know, a trace there has to agree."""
+        shape = planned_shape(spec, device)
+        found = largest(field, spec, shape, device)
+        if shape.exact or field == "model":
+            return found
+        for _ in range(_ROUNDS):
+            if found is None:
+                break
+            there = self._settled(spec.model_copy(update={field: found}), device)
+            before, found = found, largest(field, spec, planned_shape(there, device), device)
+            if found == before:
+                break
+        asked, here = getattr(spec, field), self._settled(spec, device)
+        plan = with_trace(estimate(here, planned_shape(here, device), device), here, device)
+        return asked if plan.verdict == "fits" and (found is None or found < asked) else found
+
+    def _settled(self, spec: RunSpec, device: Device) -> RunSpec:
+        """Trace `spec`, where that can be done, with what its plan leaves open decided, and return it."""
+        settled = estimate(spec, planned_shape(spec, device), device).settle(spec)
+        with suppress(EngineError):
+            self.trace(settled, device)
+        return settled
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -166,6 +212,9 @@ def _asked(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str,
         process.stdin.flush()
     except BrokenPipeError:
         raise WorkerError("The process that traces ended. Ask again to start a new one.") from None
+    if not select([process.stdout], [], [], _PATIENCE_S)[0]:  # one line is asked for, so none waits in a buffer
+        process.kill()
+        raise TimeoutError
     line = process.stdout.readline()
     if not line:
         raise WorkerError("The process that traces ended before it answered. Ask again to start a new one.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.planner.estimate import estimate
-from engine.planner.fit import LARGEST_FIELDS, largest
+from engine.planner.fit import LARGEST_FIELDS
 from engine.planner.plan import Plan, Remedy, cut_rows, make_plan, plan_device
 from engine.planner.row_lengths import known_lengths
 from engine.planner.traced import why_untraced
@@ -91,8 +91,7 @@ def view_fit(values: Sequence[Any], output: str, tracer: Tracer, card: str = "")
     except Exception as error:
         return FitView(cards.callout(explain(error, "fitting the run").sentences))
     if not fit.changes:
-        shape = planned_shape(spec, device)
-        most = {name: largest(name, spec, shape, device) for name in LARGEST_FIELDS}
+        most = {name: tracer.largest(name, spec, device) for name in LARGEST_FIELDS}
         return FitView(cards.most_that_fits([(about(name).label, _figure(most[name])) for name in LARGEST_FIELDS]))
     lines = [
         (change.label, f"{_figure(change.before)} → {_figure(change.after)}", change.cost) for change in fit.changes

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from engine.errors import BudgetError, InvalidSpecError, ModelError, TargetsError
 from engine.hardware import Device
 from engine.planner.estimate import Plan, estimate
-from engine.planner.remedies import KINDS, Changes
+from engine.planner.remedies import KINDS, Changes, first_enough
 from engine.planner.shape import ModelShape, read_shape
 from engine.presets import bundled_models, preset_models
 from engine.spec import RunSpec, about
@@ -57,9 +57,10 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
         if plan.verdict == "fits":
             break
         current = _merged(steps)
-        found = _smallest_enough(kind(spec.model_copy(update=current), device), replan, current)
-        if found is not None and found[2].peak_bytes < plan.peak_bytes:
-            steps, plan = [*steps, found[:2]], found[2]
+        changed = spec.model_copy(update=current)
+        found = first_enough(kind(changed, device), _replanner(changed, shape, device))
+        if found is not None and found[3].peak_bytes < plan.peak_bytes:
+            steps, plan = [*steps, found[1:3]], found[3]
     if plan.verdict == "does not fit":
         shared = spec.num_processes > 1 and device.is_cpu
         raise BudgetError(
@@ -74,13 +75,24 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
     fitted = spec.model_copy(update=_merged(steps))
     for name in ("sequence_length", "density"):
         fitted = _raised(fitted, spec, name, shape, device)
-    if "sequence_length" not in spec.model_fields_set:
-        if spec.task == "causal" and "chunked_loss" not in spec.model_fields_set:  # it costs nothing to speak of
-            fitted = fitted.model_copy(update={"chunked_loss": True})
-        longest = largest_length(fitted, shape, device)
-        fitted = fitted.model_copy(update={"sequence_length": max(longest or 0, fitted.sequence_length)})
+    fitted = _grown(fitted, spec, shape, device)
     costs = {name: cost for changes, cost in steps for name in changes}
+    costs.setdefault("chunked_loss", "no cost to speak of")
+    if fitted.sequence_length < spec.sequence_length:
+        costs["sequence_length"] = f"rows are cut after {fitted.sequence_length:,} tokens"
+    else:
+        costs["sequence_length"] = "as long as fits"
     return Fit(fitted, estimate(fitted, shape, device), tuple(_changes(spec, fitted, costs)))
+
+
+def _grown(fitted: RunSpec, asked: RunSpec, shape: ModelShape, device: Device) -> RunSpec:
+    """Return `fitted` with the longest rows that fit, where nobody asked for a length."""
+    if "sequence_length" in asked.model_fields_set:
+        return fitted
+    if asked.task == "causal" and "chunked_loss" not in asked.model_fields_set:  # it costs nothing to speak of
+        fitted = fitted.model_copy(update={"chunked_loss": True})
+    longest = largest_length(fitted, shape, device)
+    return fitted.model_copy(update={"sequence_length": max(longest or 0, fitted.sequence_length)})
 
 
 def _replanner(spec: RunSpec, shape: ModelShape, device: Device) -> Callable[[Changes], Plan]:
@@ -89,20 +101,6 @@ def _replanner(spec: RunSpec, shape: ModelShape, device: Device) -> Callable[[Ch
 
 def _merged(steps: list[tuple[Changes, str]]) -> Changes:
     return {name: value for changes, _ in steps for name, value in changes.items()}
-
-
-def _smallest_enough(
-    options: Iterator[tuple[str, Changes, str]], replan: Callable[[Changes], Plan], current: Changes
-) -> tuple[Changes, str, Plan] | None:
-    """Return the first option with which the plan fits, else that of the lowest peak; None where there is none."""
-    best: tuple[Changes, str, Plan] | None = None
-    for _, changes, cost in options:
-        plan = replan(current | changes)
-        if best is None or plan.peak_bytes < best[2].peak_bytes:
-            best = (changes, cost, plan)
-        if plan.verdict == "fits":
-            break
-    return best
 
 
 def _raised(fitted: RunSpec, asked: RunSpec, name: str, shape: ModelShape, device: Device) -> RunSpec:
@@ -120,7 +118,7 @@ def _changes(asked: RunSpec, fitted: RunSpec, costs: dict[str, str]) -> Iterator
     for name in RunSpec.model_fields:
         before, after = getattr(asked, name), getattr(fitted, name)
         if before != after:
-            yield Change(name, about(name).label, before, after, costs.get(name, "as long as fits"))
+            yield Change(name, about(name).label, before, after, costs[name])
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

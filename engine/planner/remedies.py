@@ -1,8 +1,10 @@
 """What would make a run smaller: each remedy is found by planning the spec again with the change, cheapest first."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from engine.errors import TargetsError
 from engine.hardware import Device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.shape import ModelShape
@@ -29,7 +31,7 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
 
     singles = []
     for kind in KINDS:
-        found = _first_enough(kind(spec, device), replan)
+        found = first_enough(kind(spec, device), replan)
         if found and _saves(plan, found[3]):
             title, changes, cost, changed = found
             singles.append(Remedy(title, plan.peak_bytes - changed.peak_bytes, changes, cost, changed.verdict))
@@ -40,15 +42,20 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
 
 
 Option = tuple[str, Changes, str]
+Outcome = tuple[str, Changes, str, Plan]
 
 
-def _first_enough(
-    options: Iterator[Option], replan: Callable[[Changes], Plan]
-) -> tuple[str, Changes, str, Plan] | None:
-    """Return the first option whose plan fits, else the one with the lowest peak; None where there is none."""
-    best: tuple[str, Changes, str, Plan] | None = None
+def first_enough(options: Iterator[Option], replan: Callable[[Changes], Plan]) -> Outcome | None:
+    """Return the first option whose plan fits, else the one with the lowest peak; None where there is none.
+
+    What leaves nothing to train, such as the attention of a model without any, is no option.
+    """
+    best: Outcome | None = None
     for title, changes, cost in options:
-        plan = replan(changes)
+        try:
+            plan = replan(changes)
+        except TargetsError:
+            continue
         if best is None or plan.peak_bytes < best[3].peak_bytes:
             best = (title, changes, cost, plan)
         if plan.verdict == "fits":
@@ -58,26 +65,33 @@ def _first_enough(
 
 def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> Remedy | None:
     """Return the fewest kinds of changes, in order of cost, that fit together; None where all are not enough."""
-    titles: list[str] = []
-    costs: list[str] = []
-    merged: Changes = {}
+
+    def replan(outcomes: list[Outcome], more: Changes) -> Plan:
+        merged = {name: value for _, changes, _, _ in outcomes for name, value in changes.items()}
+        return estimate(spec.model_copy(update=merged | more), shape, device)
+
+    taken: list[Outcome] = []
     latest = plan
     for kind in KINDS:
-        current = spec.model_copy(update=merged)
-
-        def replan(changes: Changes, current: RunSpec = current) -> Plan:
-            return estimate(current.model_copy(update=changes), shape, device)
-
-        found = _first_enough(kind(current, device), replan)
+        current = spec.model_copy(update={name: value for each in taken for name, value in each[1].items()})
+        found = first_enough(kind(current, device), partial(replan, taken))
         if found is None or not _saves(latest, found[3]):
             continue
-        titles, merged, costs, latest = [*titles, found[0]], merged | found[1], [*costs, found[2]], found[3]
+        taken, latest = [*taken, found], found[3]
         if latest.verdict == "fits":
             break
-    if latest.verdict == "does not fit" or len(titles) < 2:
+    if latest.verdict == "does not fit":
         return None
+    for each in reversed(taken[:-1]):  # what came before the last one may be more than is needed with it
+        rest = [other for other in taken if other is not each]
+        if (less := replan(rest, {})).verdict in (latest.verdict, "fits"):
+            taken, latest = rest, less
+    if len(taken) < 2:
+        return None
+    titles, merged = [each[0] for each in taken], {name: value for each in taken for name, value in each[1].items()}
     title = f"{', '.join(titles[:-1])} and {titles[-1]} together"
-    return Remedy(title, plan.peak_bytes - latest.peak_bytes, merged, "; ".join(costs), latest.verdict)
+    saved = plan.peak_bytes - latest.peak_bytes
+    return Remedy(title, saved, merged, "; ".join(each[2] for each in taken), latest.verdict)
 
 
 def _saves(before: Plan, after: Plan) -> bool:

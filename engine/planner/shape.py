@@ -66,6 +66,7 @@ class ModelShape:
     positions: int | None = None  # tokens of the longest row the model was made for
     fused_attention: bool = True  # whether transformers computes it by fused kernels where it may
     moving: float = 1.0  # what comes and goes over what the closed forms say, by a trace of this model
+    scaled: bool = False  # whether there was such a trace
     classifier: bool = False  # with a head for labels, whose number `vocabulary` then is
 
     @cached_property

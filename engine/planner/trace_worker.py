@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 
 from engine.data.batches import count_rows
-from engine.errors import EngineError
+from engine.errors import EngineError, ModelError
 from engine.hardware import Device
 from engine.models import describe_classifier, describe_model, load_tokenizer
 from engine.planner.allocator import device_events, replay_and_least_limit
@@ -44,11 +44,14 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
                 found = replace(found, tensors=_tensors_of(spec), spec=spec.model_dump(mode="json"))
             keep(spec, device, found)
         return found.to_dict()
+    except ModelError as error:
+        keep_failure(spec, device, str(error), refused=True)
+        return {"refused": str(error)}
     except EngineError as error:
         return {"error": str(error)}
     except Exception as error:  # whatever a model class that nobody tried raises on tensors without numbers
         first = str(error).strip().partition("\n")[0]
-        why = f"This model cannot be traced ({type(error).__name__}: {first})."
+        why = f"A step of its code cannot be traced ({type(error).__name__}: {first}); a run may fail as well."
         keep_failure(spec, device, why)
         return {"error": why}
 

@@ -74,6 +74,11 @@ def why_untraced(spec: RunSpec, device: Device) -> str:
     return str(read_kept(trace_path(spec, device)).get("error", ""))
 
 
+def why_refused(spec: RunSpec, device: Device) -> str:
+    """Return why no run of `spec` can load its model, where a trace found that; else nothing."""
+    return str(read_kept(trace_path(spec, device)).get("refused", ""))
+
+
 def newest_path(spec: RunSpec, device: Device) -> Path:
     """Return the file for the newest trace of the model of `spec` on a device of this kind, of an unknown family.
 
@@ -99,9 +104,9 @@ def keep(spec: RunSpec, device: Device, found: Traced) -> None:
         write_kept(newest_path(spec, device), found.to_dict())
 
 
-def keep_failure(spec: RunSpec, device: Device, why: str) -> None:
-    """Write why `spec` cannot be traced, so that nobody tries again with this code."""
-    write_kept(trace_path(spec, device), {"error": why})
+def keep_failure(spec: RunSpec, device: Device, why: str, *, refused: bool = False) -> None:
+    """Write why `spec` cannot be traced, or its model not be loaded, so that nobody tries again with this code."""
+    write_kept(trace_path(spec, device), {"refused" if refused else "error": why})
 
 
 def trace_path(spec: RunSpec, device: Device) -> Path:

@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from engine.errors import ModelError
 from engine.hardware import Device
 from engine.planner.estimate import CPU_MARGINS, CUDA_MARGINS, Plan, estimate
 from engine.planner.ledger import MOVING, RESIDENT
 from engine.planner.shape import ModelShape, read_shape
-from engine.planner.traced import newest_path, read_traced, trace_path, traced, why_untraced
+from engine.planner.traced import newest_path, read_traced, trace_path, traced, why_refused, why_untraced
 from engine.spec import RunSpec
 
 
@@ -42,7 +43,7 @@ def _shape_by_trace(shape: ModelShape, path: Path, _stamp: int, on_cpu: bool, sm
     traced_bytes, formed_bytes = (
         sum(parts[name] for name in MOVING) for parts in (found.figures.peak.parts, formed.parts)
     )
-    return replace(shape, moving=traced_bytes / formed_bytes)
+    return replace(shape, moving=traced_bytes / formed_bytes, scaled=True)
 
 
 def with_trace(plan: Plan, spec: RunSpec, device: Device) -> Plan:
@@ -50,8 +51,13 @@ def with_trace(plan: Plan, spec: RunSpec, device: Device) -> Plan:
 
     Workspace and context are those of `plan`, but for what kernels take while they run. Upper bound and verdict follow
     what comes and goes, as for families that the closed forms know.
+
+    Raises:
+        ModelError: the trace found that such a model cannot be loaded.
     """
     found = traced(spec, device)
+    if found is None and (why := why_refused(spec, device)):
+        raise ModelError(why)
     if found is None:
         return replace(plan, note=" ".join(filter(None, (plan.note, why_untraced(spec, device)))))
     around = {name: plan.parts[name] for name in ("workspace", "context")}

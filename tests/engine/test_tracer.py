@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from engine.errors import EngineError
+from engine.errors import EngineError, ModelError
 from engine.hardware import Device
-from engine.planner.plan import make_plan
+from engine.planner.plan import make_plan, plan_device
 from engine.planner.traced import trace_path, traced
 from engine.spec import RunSpec
 from engine.tracer import Tracer, plan_by_trace
@@ -109,11 +109,44 @@ def test_neighbours_of_a_trace_are_near_theirs(spec: RunSpec) -> None:
     assert near.num_parameters == sum(parameter.numel() for parameter in bloom.parameters())
 
 
-def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
+def _as_family(spec: RunSpec, family: str, **changes: object) -> RunSpec:
     config = Path(spec.model) / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nothing_like_it"}))
-    small = spec.model_copy(update={"device": "cpu"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": family, **changes}))
+    return spec.model_copy(update={"device": "cpu"})
+
+
+def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
+    small = _as_family(spec, "jetmoe", num_local_experts=4)  # its routing hangs on numbers
     plan = plan_by_trace(small)
     assert not plan.traced
-    assert plan.note.count("nothing_like_it") == 2  # the family that is guessed at, and what transformers says
+    assert "cannot be traced" in plan.note
     assert plan.peak_bytes == make_plan(small).peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("nothing_like_it", {}, "cannot be loaded"),
+        ("deberta-v2", {}, "is no causal language model .*Set task=classification"),
+        ("nothing_like_it", {"auto_map": {"AutoConfig": "own.Config"}}, "code of its own, which is not run here"),
+    ],
+)
+def test_a_model_that_no_run_can_load_has_no_plan(
+    family: str, changes: dict[str, object], why: str, spec: RunSpec
+) -> None:
+    small = _as_family(spec, family, **changes)
+    for plan in (plan_by_trace, make_plan):  # the second knows it from the first
+        with pytest.raises(ModelError, match=why):
+            plan(small)
+
+
+def test_fit_and_largest_agree_with_the_plan_of_what_they_find(spec: RunSpec) -> None:
+    mamba = _as_family(spec, "mamba", state_size=8)  # no attention to take the training down to
+    mamba = mamba.model_copy(update={"budget_gib": 1.0, "micro_batch_size": 64, "sequence_length": 512})
+    with Tracer() as tracer:
+        device = plan_device(mamba)
+        fit = tracer.fit(mamba, device)
+        assert (fit.plan.traced, fit.plan.verdict) == (True, "fits")
+        longest = tracer.largest("sequence_length", fit.spec, device)
+        assert longest >= fit.spec.sequence_length
+        assert tracer.plan(fit.spec.model_copy(update={"sequence_length": longest})).verdict == "fits"
