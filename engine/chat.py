@@ -99,8 +99,8 @@ class ChatModel:
             told(self._classified(side, messages[-1]["content"], self._labels), True)
             return
         prompt = encode_prompt(messages, self._tokenizer, self._spec.template)
-        context = getattr(self._model.config, "max_position_embeddings", None)
-        if context is not None and len(prompt) >= context:
+        context = getattr(self._model.config, "max_position_embeddings", None) or sys.maxsize
+        if len(prompt) >= context:
             raise EngineError(
                 f"This chat is {len(prompt):,} tokens long and the model reads {context:,}. "
                 "Clear it, or ask less at once."
@@ -113,7 +113,7 @@ class ChatModel:
         generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, context - len(prompt)),
             pad_token_id=padding_id(self._tokenizer),
             streamer=_Growing(self._tokenizer, told),
             stopping_criteria=[_Cancelled(cancelled)],

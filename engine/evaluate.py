@@ -1,5 +1,6 @@
 """The loss per labelled token or row, and held-out figures of causal models: answers compared word for word."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -132,10 +133,10 @@ def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     pad = padding_id(tokenizer)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - longest
+    most = max(1, min(ANSWER_TOKENS, room))
     generate: Any = model.generate
-    out = generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=pad, use_cache=True
-    )
+    out = generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=pad, use_cache=True)
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 

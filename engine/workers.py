@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.data.preview import preview_dataset
 from engine.errors import EngineError, RunError, WorkerError
 from engine.planner.plan import require_fit
 from engine.planner.row_lengths import known_lengths
 from engine.planner.shape import require_weights
+from engine.presets import find_dataset
 from engine.processes import (
     STOP_TIMEOUT_S,
     child_process,
@@ -98,11 +100,14 @@ def start_run(spec: RunSpec) -> Run:
     Raises:
         BudgetError: it does not fit.
         ModelError: the model cannot be found, or has no weights.
+        DatasetError: the dataset is on this computer and cannot be read, or has no column to train on.
         EngineError: the spec is wrong, or the worker does not start.
     """
     plan = plan_by_trace(spec, lengths=known_lengths(spec))
     require_fit(plan)
     require_weights(spec.model, spec.model_revision)
+    if find_dataset(spec.dataset or "") is not None:  # of the Hub nothing is fetched before there is a run to say so
+        preview_dataset(spec)
     run = create_run(spec, plan.to_dict())
     start_worker(run)
     return run

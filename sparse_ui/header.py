@@ -14,7 +14,7 @@ def status_words(status: RunStatus) -> str:
     steps = f"step {status.step:,} of {status.total_steps:,}"
     match status.state:
         case "queued":
-            return "Queued · waits for the device"
+            return "Queued · waits for the device" if status.detail else "Starting"
         case "preparing":
             return f"Preparing · {status.detail}" if status.detail else "Preparing"
         case "running":

@@ -228,7 +228,7 @@ def build_shape(
     if config.get("is_encoder_decoder"):
         raise ModelError(
             f"{source!r} has an encoder and a decoder ({config.get('model_type')}), which are not trained here. "
-            "Give a causal language model, or with task=classification an encoder."
+            + ("Give an encoder." if task == "classification" else "Give a causal language model.")
         )
     try:
         numbers = read_numbers(config)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -82,14 +83,15 @@ def view_data(values: Sequence[Any], output: str) -> tuple[str, str, str]:
         preview = preview_dataset(spec)
     except Exception as error:
         message = explain(error, "reading the dataset")
-        return cards.title(message.title) + cards.callout(message.sentences), "", _facts(message.title, "bad")
+        said = cards.title(message.title) + cards.callout(message.sentences)
+        return said, "", _facts(" ".join(message.sentences), "bad")
     dropped = sum(preview.dropped.values())
     facts = f"{preview.rows:,} rows · {preview.format} · {dropped:,} dropped"
     return _summary(preview), _rows(preview), _facts(facts, "")
 
 
 def _facts(text: str, kind: str) -> str:
-    return f'<span class="{kind}">{text}</span>'
+    return f'<span class="{kind}">{escape(text)}</span>'
 
 
 def _summary(preview: Preview) -> str:

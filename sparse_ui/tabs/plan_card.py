@@ -1,6 +1,6 @@
 """The card of the plan in Setup: what a run will need, what would make it fit, and the button that starts it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +25,7 @@ _CLEAR = """(...values) => {
   window.stLastForm = now;
   return same ? [update, update, update] : ["", "", {...update, visible: false}];
 }"""
+STARTING = '<div class="soft">Starting: the plan is checked, then the run begins.</div>'
 SET_ALONE = ("dataset", "density", "budget_gib")  # by an upload, by a slider
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
@@ -190,11 +191,12 @@ def wire_start(context: AppContext, card: PlanCard, widgets: dict[str, Any], sta
     card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
 
 
-def _start(output: str) -> Callable[..., tuple[str, Any]]:
-    def start(*values: Any) -> tuple[str, Any]:
+def _start(output: str) -> Callable[..., Iterator[tuple[str, Any]]]:
+    def start(*values: Any) -> Iterator[tuple[str, Any]]:
+        yield STARTING, gr.skip()  # a model that has to be traced first takes seconds
         try:
-            return "", workers.start_run(form.read_form(values, output)).id
+            yield "", workers.start_run(form.read_form(values, output)).id
         except Exception as error:
-            return cards.callout(explain(error, "starting the run").sentences), gr.skip()
+            yield cards.callout(explain(error, "starting the run").sentences), gr.skip()
 
     return start

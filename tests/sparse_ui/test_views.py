@@ -75,7 +75,9 @@ def test_header_names_state_step_and_time_left(run: Run) -> None:
 
 def test_every_state_has_words() -> None:
     for state in ("queued", "preparing", "running", "stopping", "finished", "stopped", "failed"):
-        assert status_words(RunStatus(state, step=1, total_steps=2)).lower()[:4] in (state[:4], "trai")
+        status = RunStatus(state, step=1, total_steps=2, detail="Waiting for another run.")
+        assert status_words(status).lower()[:4] in (state[:4], "trai")
+    assert status_words(RunStatus("queued")) == "Starting"  # nobody is waited for
 
 
 def test_a_damaged_run_keeps_its_row(run: Run) -> None:
