@@ -13,7 +13,7 @@ from engine import runs, workers
 from engine.analysis.command import add_commands
 from engine.errors import EngineError
 from engine.hardware import list_gpus, resolve_device
-from engine.plan_text import print_fit, print_plan
+from engine.plan_text import print_fit, print_plan, say_aside
 from engine.planner.calibration import read_calibration
 from engine.planner.fit import LARGEST_FIELDS
 from engine.presets import find_spec_file, list_presets
@@ -149,7 +149,7 @@ def _plan(options: argparse.Namespace) -> int:
     card = _absent_card(spec) if options.card is None else options.card
     if options.fit or options.largest:
         return print_fit(spec, card, options.largest, as_json=options.json)
-    plan = plan_by_trace(spec, card=card)
+    plan = plan_by_trace(spec, card=card, told=say_aside)
     if options.json:
         print(json.dumps(plan.to_dict()), flush=True)
     else:

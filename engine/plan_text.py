@@ -1,6 +1,7 @@
 """A plan in the terminal: the table, what would make it fit, and the largest spec that does."""
 
 import json
+import sys
 from dataclasses import asdict
 
 from engine.errors import BudgetError
@@ -25,6 +26,8 @@ def print_plan(plan: Plan) -> None:
     print(f"{'Budget':<28}{format_bytes(plan.budget_bytes):>12}   {plan.verdict} ({plan.device})")
     if plan.recomputed:
         print(f"{'Recomputed':<28}{plan.recomputed}")
+    if plan.row_lengths is None:
+        print(f"{'Rows':<28}{plan.tokens // plan.rows:>12,}   tokens each; Setup and runs plan for those of the dataset")
     print(time_line(plan))
     if line := exchange_line(plan):
         print(line)
@@ -35,6 +38,11 @@ def print_plan(plan: Plan) -> None:
         print(f"  {remedy.title}: {'; '.join(filter(None, (saved, remedy.outcome, remedy.cost)))}")
     if plan.verdict == "does not fit":
         print(fit_sentence(plan))
+
+
+def say_aside(words: str) -> None:
+    """Print on standard error what is no answer."""
+    print(words, file=sys.stderr, flush=True)
 
 
 def time_line(plan: Plan) -> str:
@@ -68,7 +76,7 @@ def print_fit(spec: RunSpec, card: str | None, field: Field | None, *, as_json: 
         BudgetError: nothing makes it fit.
     """
     device = plan_device(spec, card)
-    with Tracer() as tracer:
+    with Tracer(say_aside) as tracer:
         fit = tracer.fit(spec, device) if field is None else _largest_fit(field, spec, card, tracer)
         most = {} if field else {name: tracer.largest(name, fit.spec, device) for name in LARGEST_FIELDS}
     plan = with_time(fit.plan, fit.spec, planned_shape(fit.spec, device), device)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from select import select
@@ -26,9 +27,15 @@ _IDLE_S = 60.0  # then its process ends: it holds half a GiB
 _ROUNDS = 3  # of trace and plan: what is recomputed, or what fits, may change with what a trace says
 
 
-def plan_by_trace(spec: RunSpec, *, card: str | None = None, lengths: RowLengths | None = None) -> Plan:
+def plan_by_trace(
+    spec: RunSpec,
+    *,
+    card: str | None = None,
+    lengths: RowLengths | None = None,
+    told: Callable[[str], None] = lambda _: None,
+) -> Plan:
     """Return `Tracer.plan` of a process that ends with it."""
-    with Tracer() as tracer:
+    with Tracer(told) as tracer:
         return tracer.plan(spec, card, lengths)
 
 
@@ -38,8 +45,9 @@ class Tracer:
     Of several threads one asks at a time. Used in a `with`, it ends its process.
     """
 
-    def __init__(self) -> None:
-        """Begin without a process."""
+    def __init__(self, told: Callable[[str], None] = lambda _: None) -> None:
+        """Begin without a process; `told` what takes seconds."""
+        self._told = told
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._idle: threading.Timer | None = None
@@ -57,6 +65,7 @@ class Tracer:
             return known
         if why := why_untraced(spec, device):
             raise EngineError(why)
+        self._told("A step of this model's own code is traced, for exact figures ...")
         try:
             answer = self._ask({"spec": spec.model_dump(mode="json"), "device": asdict(device)})
         except TimeoutError:
