@@ -27,7 +27,7 @@ def print_plan(plan: Plan) -> None:
     if plan.recomputed:
         print(f"{'Recomputed':<28}{plan.recomputed}")
     if plan.row_lengths is None:
-        print(f"{'Rows':<28}{plan.tokens // plan.rows:>12,}   tokens each; Setup and runs plan for those of the dataset")
+        print(f"{'Rows':<28}{plan.tokens // plan.rows:>12,}   tokens each; Setup and runs know those of the dataset")
     print(time_line(plan))
     if line := exchange_line(plan):
         print(line)
