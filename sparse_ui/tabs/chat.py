@@ -11,7 +11,7 @@ from engine.runs import Run, read_spec
 from engine.workers import Side
 from sparse_ui import cards
 from sparse_ui.context import AppContext
-from sparse_ui.listening import leavable
+from sparse_ui.listening import Stops, leavable
 from sparse_ui.messages import explain, guarded
 
 EXAMPLES = 4
@@ -108,11 +108,16 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     """Wire the tab; return the events that answer."""
     base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
 
-    @leavable
+    stops = Stops()
+
     def answer(
         run_id: str | None, text: str, limit: float, heat: float, left: Messages, right: Messages
     ) -> Generator[Any]:
         yield from _answer(context, run_id, text, (int(limit), float(heat)), left, right)
+
+    async def halt(request: gr.Request) -> str:
+        stops.stop(request.session_hash)
+        return ""
 
     @guarded("changing the run")
     def change_run(chosen: str | None) -> list[Any]:
@@ -124,10 +129,14 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     sent = [widgets.box.submit, widgets.send.click]
     gr.on(sent, None, widgets.box, said, js=_WAITS)
     # What is sent during an answer stays in the box and is asked after it, of the conversation as it is by then.
-    events = [gr.on(sent, answer, asked, [base, tuned, widgets.box, said], trigger_mode="always_last", **quiet)]
+    events = [
+        gr.on(
+            sent, leavable(answer, stops), asked, [base, tuned, widgets.box, said], trigger_mode="always_last", **quiet
+        )
+    ]
     for example in widgets.examples:
         example.click(lambda words: words, example, widgets.box, **quiet).then(None, js=_SEND)
-    widgets.halt.click(lambda: "", None, said, cancels=events, **quiet)
+    widgets.halt.click(halt, None, said, **quiet)
     widgets.clear.click(lambda: ([], [], ""), None, [base, tuned, said], cancels=events, **quiet)
     # By hand alone: filling the list as the tab opens must not end the answer to a question sent meanwhile.
     run_id.input(change_run, run_id, [base, tuned, said, *widgets.examples], cancels=events, **quiet)

@@ -112,7 +112,6 @@ def test_train_reload_stop_and_chat(page: Page, tmp_path: Path) -> None:
 
 def _ask_while_the_model_loads(page: Page) -> None:
     page.locator("#chat-stop").click()
-    expect(page.locator("#chat-said")).to_be_empty()
     _ask(page, "Where does a fox live?")
     _ask(page, "Where is the moon?")
     for side in ("base", "tuned"):

@@ -3,14 +3,17 @@
 import asyncio
 import threading
 from collections.abc import Generator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sparse_ui.listening import leavable
+from sparse_ui.listening import Stops, leavable
+
+PAGE: Any = SimpleNamespace(session_hash="page")
 
 
 def test_the_pieces_come_in_order_and_an_error_after_them() -> None:
-    @leavable
     def count(most: int) -> Generator[int]:
         yield from range(most)
         raise ValueError("enough")
@@ -18,7 +21,7 @@ def test_the_pieces_come_in_order_and_an_error_after_them() -> None:
     found = []
 
     async def listen() -> None:
-        async for piece in count(3):
+        async for piece in leavable(count, Stops())(PAGE, 3):
             found.append(piece)
 
     with pytest.raises(ValueError, match="enough"):
@@ -26,10 +29,11 @@ def test_the_pieces_come_in_order_and_an_error_after_them() -> None:
     assert found == [0, 1, 2]
 
 
-def test_who_leaves_does_not_wait_for_the_piece_that_is_being_made() -> None:
+@pytest.mark.parametrize("by_stop", [False, True])
+def test_who_leaves_does_not_wait_for_the_piece_that_is_being_made(by_stop: bool) -> None:
     at_work, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    stops = Stops()
 
-    @leavable
     def load() -> Generator[str]:
         try:
             at_work.set()
@@ -39,13 +43,30 @@ def test_who_leaves_does_not_wait_for_the_piece_that_is_being_made() -> None:
             ended.set()
 
     async def leave() -> None:
-        listening = asyncio.ensure_future(anext(aiter(load())))
+        listening = asyncio.ensure_future(anext(aiter(leavable(load, stops)(PAGE))))
         await asyncio.to_thread(at_work.wait, 10)
-        listening.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        if by_stop:
+            stops.stop("another page")
+            stops.stop("page")
+        else:
+            listening.cancel()
+        with pytest.raises(StopAsyncIteration if by_stop else asyncio.CancelledError):
             await listening
 
     asyncio.run(leave())
     assert not ended.is_set()
     go_on.set()
     assert ended.wait(10)
+
+
+def test_a_stop_ends_what_is_at_work_and_not_what_comes_next() -> None:
+    stops = Stops()
+
+    def count() -> Generator[int]:
+        yield from range(3)
+
+    async def listen() -> list[int]:
+        stops.stop("page")
+        return [piece async for piece in leavable(count, stops)(PAGE)]
+
+    assert asyncio.run(listen()) == [0, 1, 2]
