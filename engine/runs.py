@@ -167,17 +167,17 @@ def read_spec(run: Run) -> RunSpec:
 
 def read_plan(run: Run) -> dict[str, Any]:
     """Return the plan made before the run; empty where there is none."""
-    return _read_json(run.path / "plan.json")
+    return read_json(run.path / "plan.json")
 
 
 def read_report(run: Run) -> dict[str, Any]:
     """Return the report of an ended run; empty before."""
-    return _read_json(run.path / "report.json")
+    return read_json(run.path / "report.json")
 
 
 def read_status(run: Run) -> RunStatus:
     """Return where a run stands."""
-    return RunStatus(**_read_json(run.path / "status.json") or {"state": "failed", "detail": "status.json is missing."})
+    return RunStatus(**read_json(run.path / "status.json") or {"state": "failed", "detail": "status.json is missing."})
 
 
 def write_status(run: Run, status: RunStatus) -> None:
@@ -301,7 +301,8 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing where it is not there, damaged or no object."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

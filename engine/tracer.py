@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
 from select import select
 from typing import Any, Self
@@ -15,7 +14,7 @@ from engine.hardware import Device
 from engine.planner.estimate import estimate
 from engine.planner.fit import Field, Fit, fit_spec, largest
 from engine.planner.plan import Plan, cut_rows, make_plan, plan_device
-from engine.planner.row_lengths import RowLengths, known_lengths
+from engine.planner.row_lengths import RowLengths, keep_uncounted, known_lengths, why_uncounted
 from engine.planner.traced import Traced, keep_failure, traced, why_untraced
 from engine.planner.traced_plan import planned_shape, with_trace
 from engine.presets import find_dataset
@@ -79,22 +78,17 @@ class Tracer:
         return Traced.of(answer)
 
     def count(self, spec: RunSpec) -> RowLengths | None:
-        """Return how long the rows of a run of `spec` are; None of a dataset on the Hub, or with very many rows.
+        """Return how long the rows of a run of `spec` are; None of a dataset on the Hub, or that cannot be counted.
 
         Raises:
-            EngineError: the dataset or the tokenizer cannot be read, or not in time.
             WorkerError: the process died.
         """
-        known = known_lengths(spec)
-        if known is not None or find_dataset(spec.dataset or "") is None:
-            return known
-        try:
-            answer = self._ask({"spec": spec.model_dump(mode="json")})
-        except TimeoutError:
-            raise EngineError(f"The rows of {spec.dataset!r} were not counted in {_PATIENCE_S:.0f} s.") from None
-        if "error" in answer:
-            raise EngineError(answer["error"])
-        return RowLengths(**answer["lengths"]) if answer["lengths"] else None
+        if find_dataset(spec.dataset or "") is not None and known_lengths(spec) is None and not why_uncounted(spec):
+            try:
+                self._ask({"spec": spec.model_dump(mode="json")})
+            except TimeoutError:
+                keep_uncounted(spec, f"That takes longer than {_PATIENCE_S:.0f} s.")
+        return known_lengths(spec)
 
     def plan(self, spec: RunSpec, card: str | None = None, lengths: RowLengths | None = None) -> Plan:
         """Return the plan of `spec`, of a family that the closed forms do not know by a trace; its note says why not.
@@ -107,24 +101,20 @@ class Tracer:
         Raises:
             EngineError: as `make_plan` does.
         """
-        plan = make_plan(spec, card=card, lengths=lengths)
+        plan, why = make_plan(spec, card=card, lengths=lengths), ""
         for _ in range(_ROUNDS):
-            if plan.exact or plan.traced:
+            if plan.exact or plan.traced or why:
                 break
-            try:
-                self.trace(cut_rows(plan.settle(spec), lengths), plan_device(spec, card))
-            except ModelError:
-                raise
-            except EngineError as error:
-                return plan if str(error) in plan.note else replace(plan, note=f"{plan.note} {error}")
+            why = self._why_not(cut_rows(plan.settle(spec), lengths), plan_device(spec, card))
             plan = make_plan(spec, card=card, lengths=lengths)
-        return plan
+        return plan if why in plan.note else replace(plan, note=f"{plan.note} {why}")
 
     def fit(self, spec: RunSpec, device: Device) -> Fit:
         """Return `fit_spec` of `spec`; of a family that the closed forms do not know, a trace has to agree.
 
         Raises:
             BudgetError: nothing makes it fit.
+            ModelError: no run can load such a model.
         """
         fit = fit_spec(spec, planned_shape(spec, device), device)
         best = fit
@@ -132,15 +122,12 @@ class Tracer:
             if fit.plan.exact:
                 break
             settled = fit.plan.settle(fit.spec)
-            try:
-                self.trace(settled, device)
-            except ModelError:
-                raise
-            except EngineError:
-                break
+            failed = self._why_not(settled, device)
             checked = replace(fit, plan=with_trace(fit.plan, settled, device))
             if checked.plan.verdict == "fits" or not best.plan.traced:
                 best = checked
+            if failed:
+                break
             fit = fit_spec(spec, planned_shape(settled, device), device)
             if fit.spec == checked.spec:
                 break
@@ -166,9 +153,16 @@ class Tracer:
     def _settled(self, spec: RunSpec, device: Device) -> RunSpec:
         """Trace `spec`, where that can be done, with what its plan leaves open decided, and return it."""
         settled = estimate(spec, planned_shape(spec, device), device).settle(spec)
-        with suppress(EngineError):
-            self.trace(settled, device)
+        self._why_not(settled, device)
         return settled
+
+    def _why_not(self, spec: RunSpec, device: Device) -> str:
+        """Trace `spec` for plans to read, and return nothing, or why that could not be done."""
+        try:
+            self.trace(spec, device)
+        except EngineError as error:
+            return str(error)
+        return ""
 
     def __enter__(self) -> Self:
         """Return itself."""

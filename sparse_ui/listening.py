@@ -8,38 +8,43 @@ when it is asked, as a handler that came to its end.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import gradio as gr
 
 T = TypeVar("T")
 _END: Any = object()
+_PATIENCE_S = 2.0
 
 
 class Stops:
     """What ends the handlers at work for a page."""
 
     def __init__(self) -> None:
-        self._at_work: dict[str | None, set[asyncio.Event]] = defaultdict(set)
+        self._at_work: dict[str | None, list[tuple[asyncio.Event, asyncio.Event]]] = defaultdict(list)
 
-    def stop(self, page: str | None) -> None:
-        """End what is at work for the page with this session; on the loop that the handlers run on."""
-        for stop in self._at_work.get(page, ()):
+    async def stop(self, page: str | None) -> None:
+        """End what is at work for the page with this session, and wait until none of its pieces comes any more."""
+        for stop, ended in [*self._at_work.get(page, ())]:
             stop.set()
+            with suppress(TimeoutError):  # of a page that has gone, nobody takes the last piece
+                await asyncio.wait_for(ended.wait(), _PATIENCE_S)
 
-    def begin(self, page: str | None) -> asyncio.Event:
-        """Return what says that a handler which begins for this page is to end."""
-        stop = asyncio.Event()
-        self._at_work[page].add(stop)
-        return stop
-
-    def end(self, page: str | None, stop: asyncio.Event) -> None:
-        """Forget a handler that has ended."""
-        self._at_work[page].discard(stop)
-        if not self._at_work[page]:
-            del self._at_work[page]
+    @contextmanager
+    def at_work(self, page: str | None) -> Iterator[asyncio.Event]:
+        """Yield what says that the handler which works for this page in the body is to end."""
+        stop, ended = asyncio.Event(), asyncio.Event()
+        self._at_work[page].append((stop, ended))
+        try:
+            yield stop
+        finally:
+            ended.set()
+            self._at_work[page].remove((stop, ended))
+            if not self._at_work[page]:
+                del self._at_work[page]
 
 
 def leavable(handler: Callable[..., Generator[T]], stops: Stops) -> Callable[..., AsyncIterator[T]]:
@@ -47,19 +52,18 @@ def leavable(handler: Callable[..., Generator[T]], stops: Stops) -> Callable[...
 
     async def listen(request: gr.Request, *inputs: Any) -> AsyncIterator[T]:
         pieces, loop, maker = handler(*inputs), asyncio.get_running_loop(), ThreadPoolExecutor(1)
-        stop = stops.begin(request.session_hash)
-        stopped = asyncio.ensure_future(stop.wait())
-        try:
-            while True:
-                coming = loop.run_in_executor(maker, next, pieces, _END)
-                await asyncio.wait((coming, stopped), return_when=asyncio.FIRST_COMPLETED)
-                if stop.is_set() or (piece := coming.result()) is _END:
-                    return
-                yield piece
-        finally:
-            stopped.cancel()
-            stops.end(request.session_hash, stop)
-            maker.submit(pieces.close)  # after the piece that is being made
-            maker.shutdown(wait=False)
+        with stops.at_work(request.session_hash) as stop:
+            stopped = asyncio.ensure_future(stop.wait())
+            try:
+                while True:
+                    coming = loop.run_in_executor(maker, next, pieces, _END)
+                    await asyncio.wait((coming, stopped), return_when=asyncio.FIRST_COMPLETED)
+                    if stop.is_set() or (piece := coming.result()) is _END:
+                        return
+                    yield piece
+            finally:
+                stopped.cancel()
+                maker.submit(pieces.close)  # after the piece that is being made
+                maker.shutdown(wait=False)
 
     return listen

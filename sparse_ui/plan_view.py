@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from engine.planner.estimate import estimate
 from engine.planner.fit import LARGEST_FIELDS
 from engine.planner.plan import Plan, Remedy, cut_rows, make_plan, plan_device
-from engine.planner.row_lengths import known_lengths
+from engine.planner.row_lengths import known_lengths, why_uncounted
 from engine.planner.traced import why_untraced
 from engine.planner.traced_plan import planned_shape
 from engine.spec import SHORTEST_LENGTH, RunSpec, about
@@ -57,8 +58,10 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
     said = [TRACING] * pending + [ELSEWHERE] * bool(card)
     if lengths is not None:
         said.insert(0, ROWS.format(rows=lengths.rows, longest=lengths.longest, mean=lengths.mean))
+    elif why := why_uncounted(spec):
+        said.insert(0, f"Rows are taken as full, since they were not counted. {why}")
     return PlanView(
-        cards.plan_card(plan) + "".join(f'<div class="soft">{words}</div>' for words in said),
+        cards.plan_card(plan) + "".join(f'<div class="soft">{escape(words)}</div>' for words in said),
         shown_remedies(plan.remedies),
         f"{format_percent(plan.num_active / max(1, plan.target_numel))} · {format_count(plan.num_active)} values",
         f"{format_bytes(plan.budget_bytes)} of {format_bytes(plan_device(spec, card or None).total_bytes)}",

@@ -158,19 +158,21 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
     )
 
 
-def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int) -> RowLengths | None:
-    """Return how long the rows to train on are; None of a dataset with more than `at_most`, or with none.
+def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int) -> RowLengths:
+    """Return how long the rows to train on are.
 
     Raises:
-        DatasetError: the dataset cannot be read.
+        DatasetError: the dataset cannot be read, has no row to train on, or more than `at_most`.
     """
     source = load_source(spec)
     row_format = recognise_source(source, spec)
     rows, _ = split_rows(source, spec)
     if len(rows) > at_most:
-        return None
-    examples = _encode(spec, tokenizer, row_format, source, rows, None, None).examples
-    return _lengths_of(examples) if len(examples) else None
+        raise DatasetError(f"There are more than {at_most:,}.")
+    encoded = _encode(spec, tokenizer, row_format, source, rows, None, None)
+    if not len(encoded.examples):
+        raise DatasetError(_no_rows(source, encoded.counts))
+    return _lengths_of(encoded.examples)
 
 
 def _no_rows(source: Source, counts: dict[str, int]) -> str:

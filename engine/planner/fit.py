@@ -7,7 +7,7 @@ from typing import Any, Literal
 from engine.errors import BudgetError, InvalidSpecError, ModelError, TargetsError
 from engine.hardware import Device
 from engine.planner.estimate import Plan, estimate
-from engine.planner.remedies import KINDS, Changes, first_enough
+from engine.planner.remedies import merged, take_until_it_fits
 from engine.planner.shape import ModelShape, read_shape
 from engine.presets import bundled_models, preset_models
 from engine.spec import RunSpec, about
@@ -50,33 +50,20 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
     Raises:
         BudgetError: nothing makes it fit.
     """
-    replan = _replanner(spec, shape, device)
-    steps: list[tuple[Changes, str]] = []
-    plan = replan({})
-    for kind in KINDS:
-        if plan.verdict == "fits":
-            break
-        current = _merged(steps)
-        changed = spec.model_copy(update=current)
-        found = first_enough(kind(changed, device), _replanner(changed, shape, device))
-        if found is not None and found[3].peak_bytes < plan.peak_bytes:
-            steps, plan = [*steps, found[1:3]], found[3]
+    taken, plan = take_until_it_fits(
+        spec, shape, device, estimate(spec, shape, device), lambda before, after: after.peak_bytes < before.peak_bytes
+    )
     if plan.verdict == "does not fit":
         shared = spec.num_processes > 1 and device.is_cpu
         raise BudgetError(
             "No change of its settings makes this run fit. Choose a smaller model, or raise budget_gib"
             f"{', or lower num_processes, which share main memory' if shared else ''}."
         )
-    aim = plan.verdict
-    for step in reversed(steps[:-1]):
-        rest = [each for each in steps if each is not step]
-        if replan(_merged(rest)).verdict in (aim, "fits"):
-            steps = rest
-    fitted = spec.model_copy(update=_merged(steps))
+    fitted = spec.model_copy(update=merged(taken))
     for name in ("sequence_length", "density"):
         fitted = _raised(fitted, spec, name, shape, device)
     fitted = _grown(fitted, spec, shape, device)
-    costs = {name: cost for changes, cost in steps for name in changes}
+    costs = {name: cost for _, changes, cost, _ in taken for name in changes}
     costs.setdefault("chunked_loss", "no cost to speak of")
     if fitted.sequence_length < spec.sequence_length:
         costs["sequence_length"] = f"rows are cut after {fitted.sequence_length:,} tokens"
@@ -93,14 +80,6 @@ def _grown(fitted: RunSpec, asked: RunSpec, shape: ModelShape, device: Device) -
         fitted = fitted.model_copy(update={"chunked_loss": True})
     longest = largest_length(fitted, shape, device)
     return fitted.model_copy(update={"sequence_length": max(longest or 0, fitted.sequence_length)})
-
-
-def _replanner(spec: RunSpec, shape: ModelShape, device: Device) -> Callable[[Changes], Plan]:
-    return lambda changes: estimate(spec.model_copy(update=changes), shape, device)
-
-
-def _merged(steps: list[tuple[Changes, str]]) -> Changes:
-    return {name: value for changes, _ in steps for name, value in changes.items()}
 
 
 def _raised(fitted: RunSpec, asked: RunSpec, name: str, shape: ModelShape, device: Device) -> RunSpec:

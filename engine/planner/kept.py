@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from engine.planner.calibration import calibration_path
+from engine.runs import write_json
 
 
 def kept_path(kind: str, decides: dict[str, Any]) -> Path:
@@ -15,21 +16,8 @@ def kept_path(kind: str, decides: dict[str, Any]) -> Path:
     return calibration_path().parent / kind / f"{digest[:32]}.json"
 
 
-def read_kept(path: Path) -> dict[str, Any]:
-    """Return what is kept in a file; nothing where it is not there or damaged."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def write_kept(path: Path, body: dict[str, Any]) -> None:
-    """Keep `body`; a folder that cannot be written changes nothing."""
-    try:
+def keep(path: Path, body: dict[str, Any]) -> None:
+    """Write `body`, for `runs.read_json`; a folder that cannot be written changes nothing."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(body), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        return
+        write_json(path, body)

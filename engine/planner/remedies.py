@@ -1,7 +1,6 @@
 """What would make a run smaller: each remedy is found by planning the spec again with the change, cheapest first."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from engine.errors import TargetsError
@@ -12,6 +11,9 @@ from engine.spec import BASELINES, SPARSE, RunSpec
 from engine.spec_rules import optimizer_of
 
 Changes = dict[str, Any]
+Option = tuple[str, Changes, str]  # title, changes, cost
+Outcome = tuple[str, Changes, str, Plan]  # an option, and the plan with it
+Kind = Callable[[RunSpec, Device], Iterator[Option]]
 MOST_HALVINGS = 3  # of length or density: less is another run
 LOWEST_LENGTH = 64  # tokens; shorter rows teach little
 _SAVES_AT_LEAST = 0.01  # of the peak; less is no remedy
@@ -26,12 +28,9 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
     if plan.verdict == "fits":
         return ()
 
-    def replan(changes: Changes) -> Plan:
-        return estimate(spec.model_copy(update=changes), shape, device)
-
     singles = []
     for kind in KINDS:
-        found = first_enough(kind(spec, device), replan)
+        found = _first_enough(kind, spec, shape, device)
         if found and _saves(plan, found[3]):
             title, changes, cost, changed = found
             singles.append(Remedy(title, plan.peak_bytes - changed.peak_bytes, changes, cost, changed.verdict))
@@ -41,19 +40,15 @@ def find_remedies(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) 
     return (*singles, *([] if together is None else [together]))
 
 
-Option = tuple[str, Changes, str]
-Outcome = tuple[str, Changes, str, Plan]
-
-
-def first_enough(options: Iterator[Option], replan: Callable[[Changes], Plan]) -> Outcome | None:
-    """Return the first option whose plan fits, else the one with the lowest peak; None where there is none.
+def _first_enough(kind: Kind, spec: RunSpec, shape: ModelShape, device: Device) -> Outcome | None:
+    """Return the first option of a kind whose plan fits, else the one with the lowest peak; None where there is none.
 
     What leaves nothing to train, such as the attention of a model without any, is no option.
     """
     best: Outcome | None = None
-    for title, changes, cost in options:
+    for title, changes, cost in kind(spec, device):
         try:
-            plan = replan(changes)
+            plan = estimate(spec.model_copy(update=changes), shape, device)
         except TargetsError:
             continue
         if best is None or plan.peak_bytes < best[3].peak_bytes:
@@ -63,35 +58,49 @@ def first_enough(options: Iterator[Option], replan: Callable[[Changes], Plan]) -
     return best
 
 
-def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> Remedy | None:
-    """Return the fewest kinds of changes, in order of cost, that fit together; None where all are not enough."""
+def take_until_it_fits(
+    spec: RunSpec, shape: ModelShape, device: Device, plan: Plan, helps: Callable[[Plan, Plan], bool]
+) -> tuple[list[Outcome], Plan]:
+    """Return the changes that make `spec` fit, or come nearest, in the order of their cost, and the plan with them.
 
-    def replan(outcomes: list[Outcome], more: Changes) -> Plan:
-        merged = {name: value for _, changes, _, _ in outcomes for name, value in changes.items()}
-        return estimate(spec.model_copy(update=merged | more), shape, device)
+    Those that are not needed any more with the last one are taken back, the costliest first.
 
+    Args:
+        spec: what does not fit, or not for certain.
+        shape: of its model.
+        device: to plan for.
+        plan: of `spec`.
+        helps: whether a change from the first plan to the second is worth it.
+    """
     taken: list[Outcome] = []
-    latest = plan
     for kind in KINDS:
-        current = spec.model_copy(update={name: value for each in taken for name, value in each[1].items()})
-        found = first_enough(kind(current, device), partial(replan, taken))
-        if found is None or not _saves(latest, found[3]):
-            continue
-        taken, latest = [*taken, found], found[3]
-        if latest.verdict == "fits":
+        if plan.verdict == "fits":
             break
-    if latest.verdict == "does not fit":
-        return None
-    for each in reversed(taken[:-1]):  # what came before the last one may be more than is needed with it
+        found = _first_enough(kind, spec.model_copy(update=merged(taken)), shape, device)
+        if found is not None and helps(plan, found[3]):
+            taken, plan = [*taken, found], found[3]
+    for each in reversed(taken[:-1]):
         rest = [other for other in taken if other is not each]
-        if (less := replan(rest, {})).verdict in (latest.verdict, "fits"):
-            taken, latest = rest, less
-    if len(taken) < 2:
+        less = estimate(spec.model_copy(update=merged(rest)), shape, device)
+        if less.verdict in (plan.verdict, "fits") and plan.verdict != "does not fit":
+            taken, plan = rest, less
+    return taken, plan
+
+
+def merged(taken: list[Outcome]) -> Changes:
+    """Return the changes of several as one; of the same field the last."""
+    return {name: value for _, changes, _, _ in taken for name, value in changes.items()}
+
+
+def _together(spec: RunSpec, shape: ModelShape, device: Device, plan: Plan) -> Remedy | None:
+    """Return the changes that fit together as one remedy; None where all are not enough, or one is."""
+    taken, found = take_until_it_fits(spec, shape, device, plan, _saves)
+    if found.verdict == "does not fit" or len(taken) < 2:
         return None
-    titles, merged = [each[0] for each in taken], {name: value for each in taken for name, value in each[1].items()}
+    titles = [title for title, _, _, _ in taken]
     title = f"{', '.join(titles[:-1])} and {titles[-1]} together"
-    saved = plan.peak_bytes - latest.peak_bytes
-    return Remedy(title, saved, merged, "; ".join(each[2] for each in taken), latest.verdict)
+    costs = "; ".join(cost for _, _, cost, _ in taken)
+    return Remedy(title, plan.peak_bytes - found.peak_bytes, merged(taken), costs, found.verdict)
 
 
 def _saves(before: Plan, after: Plan) -> bool:
@@ -192,7 +201,7 @@ def _attention(spec: RunSpec, device: Device) -> Iterator[Option]:
 
 
 # In the order of what they cost: first time, then the result.
-KINDS: tuple[Callable[[RunSpec, Device], Iterator[Option]], ...] = (
+KINDS: tuple[Kind, ...] = (
     _chunks,
     _recompute,
     _checkpointing,

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.planner.kept import kept_path, read_kept, write_kept
+from engine.planner.kept import keep, kept_path
 from engine.planner.shape import resolve_model
 from engine.presets import find_dataset
+from engine.runs import read_json
 from engine.spec import RunSpec, about
 
 _FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that decide, beside those of the data
@@ -31,14 +32,28 @@ def known_lengths(spec: RunSpec) -> RowLengths | None:
         ModelError: the model cannot be found.
     """
     try:
-        return RowLengths(**read_kept(_path(spec)))
+        return RowLengths(**read_json(_path(spec)))
     except TypeError:
         return None
 
 
+def why_uncounted(spec: RunSpec) -> str:
+    """Return why the rows of a run of `spec` are not counted, where that was tried; else nothing.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    return str(read_json(_path(spec)).get("uncounted", ""))
+
+
 def keep_lengths(spec: RunSpec, lengths: RowLengths) -> None:
     """Write what `known_lengths` reads."""
-    write_kept(_path(spec), asdict(lengths))
+    keep(_path(spec), asdict(lengths))
+
+
+def keep_uncounted(spec: RunSpec, why: str) -> None:
+    """Write what `why_uncounted` reads, so that nobody tries again before the files change."""
+    keep(_path(spec), {"uncounted": why})
 
 
 def _path(spec: RunSpec) -> Path:
@@ -50,9 +65,9 @@ def _path(spec: RunSpec) -> Path:
 
 
 def _files(dataset: Path | None) -> list[Path]:
-    if dataset is None:
-        return []
-    return sorted(file for file in dataset.rglob("*") if file.is_file()) if dataset.is_dir() else [dataset]
+    if dataset is None or dataset.is_file():
+        return [] if dataset is None else [dataset]
+    return sorted(file for pattern in ("*", "*/*") for file in dataset.glob(pattern) if file.is_file())
 
 
 def _stamp(file: Path) -> list[Any]:

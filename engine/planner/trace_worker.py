@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, TextIO
 
 import torch
@@ -14,7 +14,7 @@ from engine.models import describe_classifier, describe_model, load_tokenizer
 from engine.planner.allocator import device_events, replay_and_least_limit
 from engine.planner.headers import Shape
 from engine.planner.ledger import ROUNDING_BYTES, Ledger, add_up
-from engine.planner.row_lengths import keep_lengths
+from engine.planner.row_lengths import keep_lengths, keep_uncounted
 from engine.planner.shape import read_shape
 from engine.planner.trace import no_garbage, trace_events
 from engine.planner.traced import Traced, keep, keep_failure, traced
@@ -57,15 +57,15 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(request: dict[str, Any]) -> dict[str, Any]:
-    """Count the rows of a dataset; of one that cannot be read, or that is large, nothing is said."""
+    """Count the rows of a dataset, or keep why that cannot be done."""
     spec = RunSpec(**request["spec"])
     try:
         lengths = count_rows(spec, load_tokenizer(spec), COUNTED_ROWS)
     except EngineError as error:
-        return {"error": str(error)}
-    if lengths is not None:
+        keep_uncounted(spec, str(error))
+    else:
         keep_lengths(spec, lengths)
-    return {"lengths": lengths and asdict(lengths)}
+    return {}
 
 
 def _tensors_of(spec: RunSpec) -> dict[str, Shape]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.hardware import Device
-from engine.planner import hub_files
+from engine.planner import hub_files, kept
 from engine.planner.headers import Shape
-from engine.planner.kept import kept_path, read_kept, write_kept
 from engine.planner.ledger import Figures
 from engine.planner.shape import resolve_model
+from engine.runs import read_json
 from engine.spec import RunSpec, about
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -71,12 +71,12 @@ def traced(spec: RunSpec, device: Device) -> Traced | None:
 
 def why_untraced(spec: RunSpec, device: Device) -> str:
     """Return why `spec` cannot be traced on `device`, where that was tried; else nothing."""
-    return str(read_kept(trace_path(spec, device)).get("error", ""))
+    return str(read_json(trace_path(spec, device)).get("error", ""))
 
 
 def why_refused(spec: RunSpec, device: Device) -> str:
     """Return why no run of `spec` can load its model, where a trace found that; else nothing."""
-    return str(read_kept(trace_path(spec, device)).get("refused", ""))
+    return str(read_json(trace_path(spec, device)).get("refused", ""))
 
 
 def newest_path(spec: RunSpec, device: Device) -> Path:
@@ -92,21 +92,21 @@ def newest_path(spec: RunSpec, device: Device) -> Path:
 def read_traced(path: Path) -> Traced | None:
     """Return the trace in a file, or None where there is none."""
     try:
-        return Traced.of(read_kept(path))
+        return Traced.of(read_json(path))
     except (KeyError, TypeError, AttributeError):
         return None
 
 
 def keep(spec: RunSpec, device: Device, found: Traced) -> None:
     """Write what a trace found, for `traced`; a folder that cannot be written changes nothing."""
-    write_kept(trace_path(spec, device), found.to_dict())
+    kept.keep(trace_path(spec, device), found.to_dict())
     if found.tensors:
-        write_kept(newest_path(spec, device), found.to_dict())
+        kept.keep(newest_path(spec, device), found.to_dict())
 
 
 def keep_failure(spec: RunSpec, device: Device, why: str, *, refused: bool = False) -> None:
     """Write why `spec` cannot be traced, or its model not be loaded, so that nobody tries again with this code."""
-    write_kept(trace_path(spec, device), {"refused" if refused else "error": why})
+    kept.keep(trace_path(spec, device), {"refused" if refused else "error": why})
 
 
 def trace_path(spec: RunSpec, device: Device) -> Path:
@@ -127,7 +127,7 @@ def _path(spec: RunSpec, device: Device, fields: dict[str, Any]) -> Path:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "engine": _engine_stamp(),
     }
-    return kept_path("traces", content)
+    return kept.kept_path("traces", content)
 
 
 def _config_of(spec: RunSpec) -> Path:

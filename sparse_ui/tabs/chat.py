@@ -33,14 +33,14 @@ class ChatTab:
 
     Attributes:
         show: fills `outputs` from the run to show (None: the newest) and the one that `run_id` shows now.
-        answering: the events that answer, for what must end them.
+        end: a handler that ends the answer at work.
     """
 
     tab: gr.Tab
     run_id: gr.Dropdown
     outputs: list[Any]
     show: Callable[[str | None, str | None], list[Any]]
-    answering: list[Any]
+    end: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def build_chat_tab(context: AppContext) -> ChatTab:
     """Build the tab."""
     with gr.Tab("Chat", id="chat") as tab, gr.Row(elem_id="chat-grid", elem_classes="st-grid"):
         widgets = _draw()
-    answering = _wire(context, widgets)
+    end = _wire(context, widgets)
 
     @guarded("listing the results")
     def show(wanted: str | None, shown: str | None) -> list[Any]:
@@ -79,7 +79,7 @@ def build_chat_tab(context: AppContext) -> ChatTab:
         return [box, [], [], _labels_hint(context, value) if ids else none_yet, *_example_updates(context, value)]
 
     outputs = [widgets.run_id, widgets.base, widgets.tuned, widgets.said, *widgets.examples]
-    return ChatTab(tab, widgets.run_id, outputs, show, answering)
+    return ChatTab(tab, widgets.run_id, outputs, show, end)
 
 
 def _draw() -> _Widgets:
@@ -104,8 +104,8 @@ def _draw() -> _Widgets:
     return _Widgets(base, tuned, box, send, said, run_id, tokens, warmth, examples, halt, clear)
 
 
-def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
-    """Wire the tab; return the events that answer."""
+def _wire(context: AppContext, widgets: _Widgets) -> Callable[..., Any]:
+    """Wire the tab; return the handler that ends the answer at work."""
     base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
 
     stops = Stops()
@@ -115,9 +115,16 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     ) -> Generator[Any]:
         yield from _answer(context, run_id, text, (int(limit), float(heat)), left, right)
 
+    async def end(request: gr.Request) -> None:
+        await stops.stop(request.session_hash)
+
     async def halt(request: gr.Request) -> str:
-        stops.stop(request.session_hash)
+        await end(request)
         return ""
+
+    async def clear(request: gr.Request) -> tuple[Messages, Messages, str]:
+        await end(request)
+        return [], [], ""
 
     @guarded("changing the run")
     def change_run(chosen: str | None) -> list[Any]:
@@ -129,18 +136,17 @@ def _wire(context: AppContext, widgets: _Widgets) -> list[Any]:
     sent = [widgets.box.submit, widgets.send.click]
     gr.on(sent, None, widgets.box, said, js=_WAITS)
     # What is sent during an answer stays in the box and is asked after it, of the conversation as it is by then.
-    events = [
-        gr.on(
-            sent, leavable(answer, stops), asked, [base, tuned, widgets.box, said], trigger_mode="always_last", **quiet
-        )
-    ]
+    answered = [base, tuned, widgets.box, said]
+    gr.on(sent, leavable(answer, stops), asked, answered, trigger_mode="always_last", **quiet)
     for example in widgets.examples:
         example.click(lambda words: words, example, widgets.box, **quiet).then(None, js=_SEND)
     widgets.halt.click(halt, None, said, **quiet)
-    widgets.clear.click(lambda: ([], [], ""), None, [base, tuned, said], cancels=events, **quiet)
+    widgets.clear.click(None, None, widgets.box, js="() => ''")  # a question that waits for its turn goes too
+    widgets.clear.click(clear, None, [base, tuned, said], **quiet)
     # By hand alone: filling the list as the tab opens must not end the answer to a question sent meanwhile.
-    run_id.input(change_run, run_id, [base, tuned, said, *widgets.examples], cancels=events, **quiet)
-    return events
+    changed = [base, tuned, said, *widgets.examples]
+    run_id.input(end, None, None, **quiet).then(change_run, run_id, changed, **quiet)
+    return end
 
 
 def ready_runs(context: AppContext) -> list[Run]:

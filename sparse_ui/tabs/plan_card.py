@@ -12,7 +12,7 @@ from engine import workers
 from engine.errors import EngineError
 from engine.planner.cards import CARDS
 from engine.planner.plan import make_plan
-from engine.planner.row_lengths import known_lengths
+from engine.planner.row_lengths import known_lengths, why_uncounted
 from engine.spec import RunSpec, about
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
@@ -164,15 +164,21 @@ def _look_closer(context: AppContext) -> Callable[..., Any]:
     def look(count: int, chosen: str, *values: Any) -> Any:
         try:
             spec = form.read_form(values, str(context.settings.runs_root))
-            before = make_plan(spec, with_remedies=False, card=chosen or None, lengths=known_lengths(spec))
+            before = known(spec, chosen)
         except EngineError:  # the card says what is wrong
             return gr.skip()
-        lengths = before.row_lengths
-        with suppress(EngineError):  # the Data tab says what is wrong with a dataset
+        with suppress(EngineError):  # kept for the card; of a process that died, asked again at the next change
             lengths = context.tracer.count(spec)
-        after = context.tracer.plan(spec, chosen or None, lengths)
-        learnt = (after.traced, after.note, after.row_lengths) != (before.traced, before.note, before.row_lengths)
-        return count + 1 if learnt else gr.skip()
+            if not before[0]:
+                context.tracer.plan(spec, chosen or None, lengths)
+        with suppress(EngineError):
+            return count + 1 if known(spec, chosen) != before else gr.skip()
+        return count + 1  # no run can load such a model: the card says so
+
+    def known(spec: RunSpec, chosen: str) -> tuple[Any, ...]:
+        """Return what the next plan of `spec` finds out without asking; nothing of it changes by itself."""
+        plan = make_plan(spec, with_remedies=False, card=chosen or None, lengths=known_lengths(spec))
+        return plan.exact or plan.traced, plan.note, plan.row_lengths, why_uncounted(spec)
 
     return look
 

@@ -117,6 +117,13 @@ def _ask_while_the_model_loads(page: Page) -> None:
     for side in ("base", "tuned"):
         expect(page.locator(f"#chat-{side} [data-testid=user]")).to_have_count(3)
         expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(2, timeout=CHAT_MS)
+    _ask(page, "What does a baker do?")
+    page.locator("#chat-clear").click()
+    expect(page.locator("#chat-base [data-testid=user]")).to_have_count(0)
+    _ask(page, "Count the legs of the cow.")
+    for side in ("base", "tuned"):
+        expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(1, timeout=CHAT_MS)
+        expect(page.locator(f"#chat-{side} [data-testid=user]")).to_have_count(1)
 
 
 def _take_away(page: Page) -> None:

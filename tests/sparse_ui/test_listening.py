@@ -46,8 +46,8 @@ def test_who_leaves_does_not_wait_for_the_piece_that_is_being_made(by_stop: bool
         listening = asyncio.ensure_future(anext(aiter(leavable(load, stops)(PAGE))))
         await asyncio.to_thread(at_work.wait, 10)
         if by_stop:
-            stops.stop("another page")
-            stops.stop("page")
+            await stops.stop("another page")
+            await stops.stop("page")
         else:
             listening.cancel()
         with pytest.raises(StopAsyncIteration if by_stop else asyncio.CancelledError):
@@ -66,7 +66,7 @@ def test_a_stop_ends_what_is_at_work_and_not_what_comes_next() -> None:
         yield from range(3)
 
     async def listen() -> list[int]:
-        stops.stop("page")
+        await stops.stop("page")
         return [piece async for piece in leavable(count, stops)(PAGE)]
 
     assert asyncio.run(listen()) == [0, 1, 2]

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import EngineError
 from engine.planner.plan import make_plan
-from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths
+from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths, why_uncounted
 from engine.spec import RunSpec
 from engine.tracer import Tracer
 
@@ -37,8 +36,19 @@ def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec) ->
         assert known_lengths(spec) is None
         assert tracer.count(spec) == known_lengths(spec) != found
         Path(spec.dataset or "").write_text("{")
-        with pytest.raises(EngineError, match=r"rows\.jsonl"):
-            tracer.count(spec)
+        assert tracer.count(spec) is None
+        assert "rows.jsonl" in why_uncounted(spec)
+
+
+def test_of_very_many_rows_nobody_tries_twice(spec: RunSpec) -> None:
+    file = Path(spec.dataset or "")
+    file.write_text((json.dumps(ROWS[0]) + "\n") * 25_000)
+    with Tracer() as tracer:
+        assert tracer.count(spec) is None
+        assert why_uncounted(spec) == "There are more than 20,000."
+    tracer = Tracer()
+    assert tracer.count(spec) is None
+    assert tracer._process is None  # nobody was asked
 
 
 def test_a_dataset_on_the_hub_is_not_fetched_to_be_counted(spec: RunSpec) -> None:
