@@ -196,12 +196,11 @@ def _note(shape: ModelShape) -> str:
 
 def _resident(work: Workload) -> dict[str, int]:
     count, spec = work.num_active, work.spec
-    candidates = formulas.candidates_bytes(count) if spec.method == "spiel-ag" else 0
     births = formulas.births_bytes(count) if spec.method == "spiel-ma" else 0
     return {
         "parameters": work.parameters_bytes,
         "values": work.values_bytes + work.head_values_bytes,
         "indices": work.indices_bytes,
-        "gradients": work.gradients_bytes + candidates,
+        "gradients": work.gradients_bytes + work.candidates_bytes,
         "optimizer_states": births + (0 if work.offloaded else work.states_bytes) + work.head_states_bytes,
     }

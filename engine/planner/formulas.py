@@ -159,9 +159,14 @@ def _tensor_states_bytes(size: int, states: int, numbers: int, ages: bool, eight
 def candidates_bytes(num_active: int) -> int:
     """Return the size of SpIEL-AG's growth candidates in an estimation phase, as many as there are trained entries.
 
-    Of each its position, its gradient in this step, and the sums of gradient and squared gradient.
+    Of each its position and the sums; its gradient comes in each backward, as that of a trained entry.
     """
-    return 4 * FP32_BYTES * num_active
+    return FP32_BYTES * num_active + candidate_sums_bytes(num_active)
+
+
+def candidate_sums_bytes(num_active: int) -> int:
+    """Return the size of the sums of the candidates' gradients and of their squares: from a phase's second step on."""
+    return 2 * FP32_BYTES * num_active
 
 
 def dense_gradient_bytes(numel: int, element_bytes: int) -> int:

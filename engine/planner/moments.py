@@ -1,5 +1,7 @@
 """The moments of a run that may be its peak: loss, backward of a block, optimizer step, selection of entries."""
 
+from dataclasses import replace
+
 from engine.planner import activations, formulas, output_layer
 from engine.planner.steps import Moment, Pass
 from engine.planner.workload import Workload
@@ -58,7 +60,8 @@ def selection_moments(work: Workload) -> list[Moment]:
         drawn = 2 * e * numel + formulas.topk_bytes(numel, count, e) + together
         return [Moment("selection", 0, drawn, unseeded)]
     if work.selection_micro_steps == 1:
-        steps = Pass(work, "choosing", together).moments()
+        unsummed = {"gradients": work.candidate_sums_bytes}
+        steps = [moment.less(unsummed) for moment in Pass(work, "choosing", together).moments()]
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
         steps = Pass(work, "gathering", work.summed_bytes).moments() if work.on_cpu else []
@@ -66,7 +69,7 @@ def selection_moments(work: Workload) -> list[Moment]:
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded
-    return [Moment("selection", step.saved, step.transient, {**step.without, **without}) for step in steps]
+    return [replace(step.less(without), phase="selection") for step in steps]
 
 
 def _chosen_by_sums(work: Workload, together: int) -> Moment:
@@ -74,7 +77,8 @@ def _chosen_by_sums(work: Workload, together: int) -> Moment:
     (numel, count), spec = work.largest, work.spec
     rest = sum(work.active[name] for name in work.yet_to_choose)
     if spec.method == "spiel-ag":
-        left, missing = formulas.candidates_bytes(count), {"gradients": formulas.candidates_bytes(rest)}
+        each = 2 * formulas.FP32_BYTES  # position and gradient: nothing is summed yet
+        left, missing = each * count, {"gradients": each * rest + work.candidate_sums_bytes}
     else:
         kept = spec.method == "sift" and work.selection_micro_steps <= spec.gradient_accumulation * spec.num_processes
         left = formulas.gradients_bytes(count) if kept else 0

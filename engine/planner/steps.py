@@ -5,9 +5,9 @@ backward, while the gradients of what is trained come up and activations go.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from engine.planner import activations, formulas, output_layer
+from engine.planner import activations, output_layer
 from engine.planner.blocks import Segment, block_segment, head_segment
 from engine.planner.encoders import is_pooler
 from engine.planner.formulas import FP32_BYTES, INT64_BYTES
@@ -36,6 +36,11 @@ class Moment:
         """Bytes beyond the resident terms."""
         return self.saved + self.transient - sum(self.without.values())
 
+    def less(self, parts: Mapping[str, int]) -> "Moment":
+        """Return the moment without these bytes of the resident parts as well."""
+        without = {name: self.without.get(name, 0) + parts.get(name, 0) for name in (*self.without, *parts)}
+        return replace(self, without=without)
+
 
 class Pass:
     """Forward and backward of one micro-batch: what is kept, and the moments of the backward."""
@@ -61,11 +66,11 @@ class Pass:
         work, count = self._work, self._work.num_active
         if not self._first:
             return {}
+        parts = {"gradients": work.gradients_bytes}
         if self._taking == "gathering":
-            return {"gradients": work.gradients_bytes}
-        parts = {"gradients": formulas.gradients_bytes(count + work.shape.dense_numel)}
+            return parts
         if work.spec.method == "spiel-ag":
-            parts["gradients"] += formulas.candidates_bytes(count)
+            parts["gradients"] += work.candidates_bytes - work.candidate_sums_bytes
         else:
             parts["indices"] = work.indices_bytes
             parts["values"] = work.kept_bytes(count)

@@ -267,7 +267,8 @@ class _Labels:
                 yield from entry.resident()
         if isinstance(self._tuning.spiel, SpielAG):
             for each in self._tuning.spiel.candidates.values():
-                yield from (("gradients", part) for part in (each.indices, each.grad, each.total, each.squares))
+                parts = (each.indices, each.grad, each.total, each.squares)
+                yield from (("gradients", part) for part in parts if part is not None)
 
 
 def _grown_by_rows(model: nn.Module, spec: RunSpec) -> dict[int, int]:

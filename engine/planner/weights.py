@@ -81,11 +81,11 @@ def _weight(work: Workload, name: str, taking: Taking, first: bool) -> Weight:
         master = FP32_BYTES * numel if first else 0
         return Weight(dense, 0 if e == FP32_BYTES else master, master)
     buffered = work.is_function(name)
-    phase = work.spec.method == "spiel-ag"
-    left = formulas.gradients_bytes(count) if first else 0
-    reading = formulas.gather_bytes(count * (2 if phase and buffered else 1), e, by_rows=work.compact)
+    left = formulas.gradients_bytes(count * work.gathered) if first else 0
+    reading = formulas.gather_bytes(count * (work.gathered if buffered else 1), e, by_rows=work.compact)
     if taking == "choosing":
-        left += formulas.candidates_bytes(count) if phase else work.placed_bytes(name)
+        candidates = formulas.candidates_bytes(count) - formulas.candidate_sums_bytes(count)
+        left += candidates if work.spec.method == "spiel-ag" else work.placed_bytes(name)
         reading = formulas.choosing_bytes(numel, count, e, squared=work.spec.method == "fisher", left=left)
         return Weight(dense, reading, left, buffered)
     if work.spec.probe_interval:

@@ -96,8 +96,7 @@ class Workload:
         """What the processes of a run exchange in a step at most: in an estimation phase also for candidates."""
         if self.spec.num_processes == 1:
             return 0
-        candidates = self.num_active if self.spec.method == "spiel-ag" else 0
-        return formulas.exchange_bytes(self.num_active + candidates + self.shape.dense_numel)
+        return formulas.exchange_bytes(self.gathered * self.num_active + self.shape.dense_numel)
 
     @property
     def compact(self) -> bool:
@@ -152,8 +151,23 @@ class Workload:
 
     @property
     def gradients_bytes(self) -> int:
-        """The gradient of the values, and of a head."""
-        return formulas.gradients_bytes(self.num_active + self.shape.dense_numel)
+        """The gradient of the values, of SpIEL-AG's candidates in an estimation phase, and of a head."""
+        return formulas.gradients_bytes(self.gathered * self.num_active + self.shape.dense_numel)
+
+    @property
+    def gathered(self) -> int:
+        """How many entries' gradients are gathered for each trained one: that of a candidate as well, or its own."""
+        return 2 if self.spec.method == "spiel-ag" else 1
+
+    @property
+    def candidates_bytes(self) -> int:
+        """SpIEL-AG's candidates in an estimation phase, without their gradient."""
+        return formulas.candidates_bytes(self.num_active) if self.spec.method == "spiel-ag" else 0
+
+    @property
+    def candidate_sums_bytes(self) -> int:
+        """What of them is not there yet in the first step of a phase."""
+        return formulas.candidate_sums_bytes(self.num_active) if self.spec.method == "spiel-ag" else 0
 
     @property
     def head_values_bytes(self) -> int:

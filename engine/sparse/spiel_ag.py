@@ -16,12 +16,31 @@ from engine.sparse.spiel import Reselected, Schedule, choose_drop, exchange, rep
 
 @dataclass
 class Candidates:
-    """The growth candidates of one weight: the sums over the estimation phase of g and g^2 per optimizer step."""
+    """The growth candidates of one weight: the sums over the estimation phase of g and g^2 per optimizer step.
+
+    Each is kept only where there is one, so that a backward begins beside the sums alone, and the first of a phase
+    beside none.
+    """
 
     indices: Tensor  # (num_active,) sorted
-    grad: Tensor  # (num_active,) of the step in progress, summed over its micro-batches
-    total: Tensor  # (num_active,)
-    squares: Tensor  # (num_active,)
+    grad: Tensor | None = None  # (num_active,) of the step in progress, summed over its micro-batches
+    total: Tensor | None = None  # (num_active,)
+    squares: Tensor | None = None  # (num_active,)
+
+    def add(self, grad: Tensor) -> None:
+        """Add the gradient of a micro-batch, (num_active,), which is kept."""
+        self.grad = grad if self.grad is None else self.grad.add_(grad)
+
+    def close_step(self, clip: Tensor | float) -> None:
+        """Add the gradient of the step, times `clip`, to the sums."""
+        if self.grad is None:
+            return
+        grad, self.grad = self.grad.mul_(clip), None
+        if self.total is None or self.squares is None:
+            self.total, self.squares = grad, grad.square()
+        else:
+            self.total.add_(grad)
+            self.squares.addcmul_(grad, grad)
 
 
 class SpielAG:
@@ -77,8 +96,7 @@ class SpielAG:
         if self._phase_step == 1:
             self.candidates = {}
             self._choice = GlobalChoice(sum(entry.num_active for entry in self._entries)) if self._together else None
-        for candidates in self.candidates.values():
-            candidates.grad.zero_()
+        self._forget_gradients()
 
     @property
     def begins_phase(self) -> bool:
@@ -95,8 +113,11 @@ class SpielAG:
         self._choose_from_sums()
         if last:
             self._finish_choice()
-            for candidates in self.candidates.values():
-                candidates.grad.zero_()
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        for candidates in self.candidates.values():
+            candidates.grad = None
 
     def wants_dense(self, entry: ActiveEntries) -> bool:
         """Whether the candidates of this weight are to be chosen from the gradient that comes."""
@@ -108,7 +129,7 @@ class SpielAG:
 
     def observe_wanted(self, entry: ActiveEntries, grad: Tensor) -> None:
         """Add up the gradient of the candidates."""
-        self.candidates[entry.name].grad.add_(grad)
+        self.candidates[entry.name].add(grad.to(entry.values.dtype))
 
     def observe(self, entry: ActiveEntries, grad: Tensor) -> None:
         """In a phase, sum the dense gradient (first step) or gather the candidates' entries (later steps)."""
@@ -124,7 +145,16 @@ class SpielAG:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of the candidates in this step, which the processes of a run have to sum."""
-        return [candidates.grad for candidates in self.candidates.values()] if self._phase_step else []
+        if not self._phase_step:
+            return []
+        found = []
+        for entry in self._entries:
+            if entry.name in self.candidates:
+                candidates = self.candidates[entry.name]
+                if candidates.grad is None:  # none came in this process
+                    candidates.grad = torch.zeros_like(candidates.indices, dtype=entry.values.dtype)
+                found.append(candidates.grad)
+        return found
 
     def chooses_in(self, step: int) -> bool:
         """Return whether a phase begins or ends in `step`."""
@@ -138,7 +168,8 @@ class SpielAG:
         if self._overflowed:
             return False
         self._finish_choice()
-        return not self.candidates or finite_flag([candidates.grad for candidates in self.candidates.values()])
+        grads = [candidates.grad for candidates in self.candidates.values() if candidates.grad is not None]
+        return not grads or finite_flag(grads)
 
     def end_step(self, step: int, clip: Tensor | float) -> Reselected | None:
         """Close the step's gradient; at the end of a phase, reselect."""
@@ -146,10 +177,7 @@ class SpielAG:
         self._finish_choice()
         if self._phase_step:
             for candidates in self.candidates.values():
-                candidates.grad.mul_(clip)
-                candidates.total.add_(candidates.grad)
-                candidates.squares.addcmul_(candidates.grad, candidates.grad)
-                candidates.grad.zero_()
+                candidates.close_step(clip)
         if not self._schedule.reselects_after(step):
             return None
         groups = [self._entries] if self._together else [[entry] for entry in self._entries]
@@ -183,15 +211,15 @@ class SpielAG:
                 self._set_candidates(entry, *found[entry.name])
 
     def _set_candidates(self, entry: ActiveEntries, indices: Tensor, grad: Tensor) -> None:
-        grad = grad.to(entry.values.dtype, copy=True)
-        self.candidates[entry.name] = Candidates(indices, grad, torch.zeros_like(grad), torch.zeros_like(grad))
+        self.candidates[entry.name] = Candidates(indices, grad.to(entry.values.dtype))
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint between two steps needs: the candidates of a phase in progress."""
         return {
-            f"{name}.candidates.{part}": getattr(candidates, part)
+            f"{name}.candidates.{part}": tensor
             for name, candidates in self.candidates.items()
             for part in ("indices", "total", "squares")
+            if (tensor := getattr(candidates, part)) is not None
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -199,25 +227,30 @@ class SpielAG:
         self.candidates = {}
         for entry in self._entries:
             if f"{entry.name}.candidates.indices" in state:
-                indices, total, squares = (
-                    state[f"{entry.name}.candidates.{part}"].to(entry.weight.device)
-                    for part in ("indices", "total", "squares")
+                prefix = f"{entry.name}.candidates."
+                parts = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+                self.candidates[entry.name] = Candidates(
+                    **{part: sums.to(entry.weight.device) for part, sums in parts.items()}
                 )
-                self.candidates[entry.name] = Candidates(indices, torch.zeros_like(total), total, squares)
 
     def _reselect(self, entries: Sequence[ActiveEntries], step: int) -> int:
         """Replace entries of weights that share a budget; return how many."""
-        found = [(entry, self.candidates[entry.name]) for entry in entries if entry.name in self.candidates]
-        count = self._schedule.count(step, sum(entry.num_active for entry, _ in found))
+        found = [
+            (entry, each.indices, each.total, each.squares)
+            for entry in entries
+            if (each := self.candidates.get(entry.name)) and each.total is not None and each.squares is not None
+        ]
+        seen = [entry for entry, *_ in found]
+        count = self._schedule.count(step, sum(entry.num_active for entry in seen))
         if not count:
             return 0
         steps, (beta1, beta2) = self._schedule.estimation_steps, self._optimizer.betas
-        old = as_one([(entry.placed, entry.weight.numel()) for entry, _ in found])
-        positions = as_one([(each.indices, entry.weight.numel()) for entry, each in found])
-        values = torch.cat([entry.read_values() for entry, _ in found])
-        mean = torch.cat([each.total for _, each in found]) / steps
-        mean_square = torch.cat([each.squares for _, each in found]) / steps
-        drop = self._drop([entry for entry, _ in found], values, count)
+        old = as_one([(entry.placed, entry.weight.numel()) for entry in seen])
+        positions = as_one([(indices, entry.weight.numel()) for entry, indices, _, _ in found])
+        values = torch.cat([entry.read_values() for entry in seen])
+        mean = torch.cat([total for _, _, total, _ in found]) / steps
+        mean_square = torch.cat([squares for *_, squares in found]) / steps
+        drop = self._drop(seen, values, count)
         kept = torch.ones(len(old), dtype=torch.bool, device=drop.device)
         kept[drop] = False
         free = ~torch.isin(positions, old[kept])
@@ -226,7 +259,7 @@ class SpielAG:
         at = torch.searchsorted(positions, now).clamp(max=len(positions) - 1)
         first_moment, second_moment = mean[at] * (1 - beta1**steps), mean_square[at] * (1 - beta2**steps)
         start, begin = 0, 0
-        for entry, _ in found:
+        for entry in seen:
             mine = slice(*torch.searchsorted(now, now.new_tensor([start, start + entry.weight.numel()])).tolist())
             places = torch.where(source[mine] >= 0, source[mine] - begin, -1)
             new = (places < 0).nonzero().flatten()
