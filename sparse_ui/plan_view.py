@@ -20,7 +20,7 @@ from sparse_ui.messages import explain
 
 REMEDY_ROWS = 3
 TRACING = "A step of this model's own code is being traced; exact figures come in a moment."
-ROWS = "For {rows:,} rows of up to {longest:,} tokens, {mean:,.0f} on average, as counted."
+ROWS = "For {rows:,} rows of up to {longest:,} tokens, {mean:,.0f} on average, as {known}."
 ELSEWHERE = "Start trains on this computer, whatever the plan is for."
 _LENGTHS = 6  # columns of the map of what fits
 _BATCHES = (1, 2, 4, 8)
@@ -57,7 +57,8 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
         return PlanView(cards.title("Plan", message.title) + cards.callout(message.sentences, message.kind))
     said = [TRACING] * pending + [ELSEWHERE] * bool(card)
     if lengths is not None:
-        said.insert(0, ROWS.format(rows=lengths.rows, longest=lengths.longest, mean=lengths.mean))
+        known = "estimated from a part of them" if lengths.estimated else "counted"
+        said.insert(0, ROWS.format(rows=lengths.rows, longest=lengths.longest, mean=lengths.mean, known=known))
     elif why := why_uncounted(spec):
         said.insert(0, f"Rows are taken as full, since they were not counted. {why}")
     return PlanView(

@@ -59,11 +59,8 @@ class PreparedData:
     @property
     def row_lengths(self) -> RowLengths:
         """How long the rows to train on are."""
-        return _lengths_of(self.training)
-
-
-def _lengths_of(examples: Examples | LabelledExamples) -> RowLengths:
-    return RowLengths(len(examples), int(examples.lengths.max()), float(examples.lengths.mean()))
+        lengths = self.training.lengths
+        return RowLengths(len(lengths), int(lengths.max()), float(lengths.mean()))
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class Batch:
 
 
 @dataclass
-class _Encoded:
+class TokenisedRows:
     """The examples of some rows, the chats or labelled texts they came from and the counts by reason."""
 
     examples: Examples | LabelledExamples
@@ -104,6 +101,7 @@ class _Encoded:
     counts: dict[str, int] = field(default_factory=dict)
 
     def count(self, reason: str) -> None:
+        """Count a row that is not used as it is."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
 
@@ -126,10 +124,10 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
     row_format = recognise_source(source, spec)
     template = _TEMPLATES.get(row_format.kind) or resolve_template(tokenizer, spec.template)
     training_rows, held_out = split_rows(source, spec)
-    encode = functools.partial(_encode, spec, tokenizer, row_format, source)
+    encode = functools.partial(tokenise_rows, spec, tokenizer, row_format, source)
     training = encode(training_rows, None, progress)
     if not len(training.examples):
-        raise DatasetError(_no_rows(source, training.counts))
+        raise DatasetError(explain_no_rows(source, training.counts))
     evaluation = encode(held_out, max(spec.evaluation_rows, spec.exact_match_rows), None)
     if row_format.labels is not None and len(held_out) and not len(evaluation.examples):
         reasons = ", ".join(f"{reason} {count}" for reason, count in evaluation.counts.items())
@@ -158,24 +156,8 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
     )
 
 
-def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int) -> RowLengths:
-    """Return how long the rows to train on are.
-
-    Raises:
-        DatasetError: the dataset cannot be read, has no row to train on, or more than `at_most`.
-    """
-    source = load_source(spec)
-    row_format = recognise_source(source, spec)
-    rows, _ = split_rows(source, spec)
-    if len(rows) > at_most:
-        raise DatasetError(f"There are more than {at_most:,}.")
-    encoded = _encode(spec, tokenizer, row_format, source, rows, None, None)
-    if not len(encoded.examples):
-        raise DatasetError(_no_rows(source, encoded.counts))
-    return _lengths_of(encoded.examples)
-
-
-def _no_rows(source: Source, counts: dict[str, int]) -> str:
+def explain_no_rows(source: Source, counts: dict[str, int]) -> str:
+    """Return why no row can be trained on, by how many rows were dropped for each reason, and what to do."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
     remedy = (
         "Raise sequence_length."
@@ -185,18 +167,18 @@ def _no_rows(source: Source, counts: dict[str, int]) -> str:
     return f"Dataset {source.name!r} has no row to train on: of {len(source.training)} rows, {reasons}. {remedy}"
 
 
-def _encode(
+def tokenise_rows(
     spec: RunSpec,
     tokenizer: "PreTrainedTokenizerBase",
     row_format: RowFormat,
     source: Source,
     rows: "datasets.Dataset",
-    limit: int | None,
-    progress: Progress | None,
-) -> _Encoded:
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> TokenisedRows:
     """Tokenise rows, up to `limit` examples."""
     pad_id = _pad_id(tokenizer)
-    result = _Encoded(Examples(pad_id=pad_id) if row_format.labels is None else LabelledExamples(pad_id=pad_id))
+    result = TokenisedRows(Examples(pad_id=pad_id) if row_format.labels is None else LabelledExamples(pad_id=pad_id))
     items = _read_rows(rows, row_format, source, result)
     done = 0
     while block := list(islice(items, ENCODE_ROWS if limit is None else min(limit, ENCODE_ROWS))):
@@ -211,7 +193,7 @@ def _encode(
 
 
 def _add_chats(
-    result: _Encoded,
+    result: TokenisedRows,
     chats: Sequence[Conversation],
     tokenizer: "PreTrainedTokenizerBase",
     spec: RunSpec,
@@ -227,7 +209,7 @@ def _add_chats(
 
 
 def _add_texts(
-    result: _Encoded,
+    result: TokenisedRows,
     texts: Sequence[LabelledText],
     tokenizer: "PreTrainedTokenizerBase",
     spec: RunSpec,
@@ -243,7 +225,7 @@ def _add_texts(
 
 
 def _read_rows(
-    rows: "datasets.Dataset", row_format: RowFormat, source: Source, result: _Encoded
+    rows: "datasets.Dataset", row_format: RowFormat, source: Source, result: TokenisedRows
 ) -> Iterator[Conversation | LabelledText | None]:
     """Read rows; one that cannot be used is counted, and None."""
     for row in iterate_rows(rows):

@@ -18,11 +18,15 @@ _FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Of the rows to train on: how many there are, the tokens of the longest and of one on average."""
+    """Of the rows to train on: how many there are, the tokens of the longest and of one on average.
+
+    `estimated`: there are so many that a part was tokenised.
+    """
 
     rows: int
     longest: int
     mean: float
+    estimated: bool = False
 
 
 def known_lengths(spec: RunSpec) -> RowLengths | None:

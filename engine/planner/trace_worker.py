@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import torch
 
-from engine.data.batches import count_rows
+from engine.data.row_counts import count_rows
 from engine.errors import EngineError, ModelError
 from engine.hardware import Device
 from engine.models import describe_classifier, describe_model, load_tokenizer
@@ -20,7 +20,7 @@ from engine.planner.trace import no_garbage, trace_events
 from engine.planner.traced import Traced, keep, keep_failure, traced
 from engine.spec import RunSpec
 
-COUNTED_ROWS = 20_000  # rows of a dataset that are counted for a plan: some ten seconds
+TOKENISED_ROWS = 10_000  # of a dataset, at most, for a plan: some seconds
 
 
 def main(requests: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> int:
@@ -60,7 +60,7 @@ def _count(request: dict[str, Any]) -> dict[str, Any]:
     """Count the rows of a dataset, or keep why that cannot be done."""
     spec = RunSpec(**request["spec"])
     try:
-        lengths = count_rows(spec, load_tokenizer(spec), COUNTED_ROWS)
+        lengths = count_rows(spec, load_tokenizer(spec), TOKENISED_ROWS)
     except EngineError as error:
         keep_uncounted(spec, str(error))
     else:
