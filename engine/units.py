@@ -7,18 +7,22 @@ GIB = 1024 * MIB
 
 def format_bytes(num_bytes: float) -> str:
     """Return bytes in the largest binary unit that keeps at least one digit before the point: `19.8 GiB`."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if abs(num_bytes) >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes:.0f} B"
+    return _scaled(num_bytes, 1024, (" B", " KiB", " MiB", " GiB"))
 
 
 def format_count(count: float) -> str:
     """Return a count in thousands, millions or billions: `69.5 M`."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(count) >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f}"
+    return _scaled(count, 1000, ("", " K", " M", " B"))
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    """Return a number below `step` as it is printed, but for the last unit; of the first unit without decimals."""
+    decimals = 0
+    for unit in units[:-1]:
+        if round(abs(number), decimals) < step:
+            return f"{number:.{decimals}f}{unit}"
+        number, decimals = number / step, 1
+    return f"{number:.1f}{units[-1]}"
 
 
 def format_duration(seconds: float) -> str:
