@@ -1,4 +1,5 @@
-/* What the page does by itself: keeps the choice of light or dark over a reload, and the zoom of a plot over updates. */
+/* What the page does by itself: keeps the choice of light or dark over a reload and the zoom of a plot over updates,
+   and lets plots have the width of their card. */
 (() => {
   const paint = () => {
     const kept = localStorage.getItem("sparse-tuning-theme");
@@ -22,6 +23,11 @@
       if (low !== undefined) zooms[key] = { ...zooms[key], [`${axis}.range`]: [low, high] };
     }
   };
+  /* A plot that is drawn while another tab is shown knows no width and takes 700 pixels. */
+  const fit = ([{ target: plot, contentRect: card }]) => {
+    const drawn = plot.querySelector(".main-svg")?.getBoundingClientRect().width;
+    if (card.width && drawn && Math.abs(drawn - card.width) > 1) window.Plotly.Plots.resize(plot);
+  };
   const adopt = (plot) => {
     const home = plot.closest("[id^='plot-']");
     if (!home || !plot.on || !plot.layout || plot.dataset.adopted) return;
@@ -29,6 +35,7 @@
     const key = `${home.id} ${plot.layout.uirevision}`;
     if (zooms[key]) window.Plotly.relayout(plot, { ...zooms[key] });
     plot.on("plotly_relayout", (change) => remember(key, change));
+    new ResizeObserver(fit).observe(plot);
   };
   new MutationObserver((records) => {
     const plots = new Set();

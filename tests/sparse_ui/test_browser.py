@@ -30,6 +30,7 @@ FLAGS = [
 PATIENT_MS, TRAIN_MS, CHAT_MS = 60_000, 120_000, 120_000
 expect.set_options(timeout=PATIENT_MS)
 POINTS = "#plot-loss .scatterlayer .trace"
+PLOTS, DRAWN = "[id^=plot-] .js-plotly-plot", ".main-svg"
 pytestmark = [
     pytest.mark.ui,
     pytest.mark.xdist_group("browser"),  # one browser at a time
@@ -142,8 +143,14 @@ def _watch_reload_and_stop(page: Page, folder: Path) -> None:
     expect(page.locator("#train-run input")).to_have_value(run.id)
     assert runs.read_status(run).is_live
 
-    page.locator("#stop").click()
+    page.get_by_role("tab", name="Setup", exact=True).click()
+    expect(page.locator(f"#plot-loss {DRAWN}").first).to_have_attribute("width", "700")  # anew, where it has no width
+    page.locator("#stop").dispatch_event("click")
+    expect(page.locator("#header-state")).to_contain_text("Idle", timeout=TRAIN_MS)
+    page.get_by_role("tab", name="Train", exact=True).click()
     expect(page.locator("#progress")).to_contain_text("Stopped", timeout=TRAIN_MS)
+    page.wait_for_function(f"""[...document.querySelectorAll("{PLOTS}")].every(
+        plot => Math.abs(plot.querySelector("{DRAWN}").getBoundingClientRect().width - plot.clientWidth) <= 1)""")
 
 
 def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: Page, tmp_path: Path) -> None:
