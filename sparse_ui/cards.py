@@ -240,7 +240,7 @@ def counts_line(counts: Mapping[str, int]) -> str:
 
 
 def table(headers: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table whose rows can be chosen.
+    """Return a table whose rows can be chosen, by a tick several.
 
     Args:
         headers: label and class (`right` for figures) of each column.
@@ -249,12 +249,13 @@ def table(headers: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]])
     head = "".join(f'<th class="{kind}">{escape(label)}</th>' for label, kind in headers)
     body = ""
     for row in rows:
-        cells = "".join(
+        tick = f'<td><i class="tick" role="checkbox" aria-checked="{str(row["chosen"]).lower()}"></i></td>'
+        cells = tick + "".join(
             f'<td class="{kind}">{cell}</td>' for (_, kind), cell in zip(headers, row["cells"], strict=True)
         )
         chosen = ' class="chosen" aria-selected="true"' if row["chosen"] else ""
         body += f'<tr data-run="{escape(row["id"])}" tabindex="0"{chosen}>{cells}</tr>'
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    inner = f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="st-scroll"><table class="st-table">{inner}</table></div>'
 
 

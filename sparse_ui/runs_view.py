@@ -42,7 +42,7 @@ def runs_table(reader: HistoryReader, found: Sequence[Run], ids: Sequence[str]) 
             words = explain(error, f"reading run {run.id}").text
             cells = [escape(run.id), f'<span class="bad" title="{escape(words)}">unreadable</span>']
             rows.append({"id": run.id, "chosen": run.id in ids, "cells": [*cells, *["–"] * (len(HEADERS) - 2)]})
-    return cards.title("Runs", "choose one to act on it, several to compare") + cards.table(HEADERS, rows)
+    return cards.title("Runs", "click one to act on it, tick several to compare") + cards.table(HEADERS, rows)
 
 
 def _cells(reader: HistoryReader, run: Run) -> list[str]:

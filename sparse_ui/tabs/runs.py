@@ -20,9 +20,11 @@ TICK_S = 3.0
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 _CHOOSE = """
 const tell = (event) => {
-  const row = event.target.closest("[data-run]");
-  if (!row || (event.type === "keydown" && event.key !== "Enter")) return;
-  trigger("click", {run: row.dataset.run});
+  const row = event.target.closest("[data-run]"), space = event.key === " ";
+  if (!row || (event.type === "keydown" && event.key !== "Enter" && !space)) return;
+  if (space) event.preventDefault();  // the page would scroll
+  const held = event.ctrlKey || event.metaKey || event.shiftKey;
+  trigger("click", {run: row.dataset.run, beside: space || held || event.target.closest(".tick") !== null});
 };
 element.addEventListener("click", tell);
 element.addEventListener("keydown", tell);
@@ -92,7 +94,10 @@ def build_runs_tab(context: AppContext) -> RunsTab:
         return _show(context, settle(ids), seen)
 
     def choose(ids: list[str] | None, event: gr.EventData) -> list[str]:
+        """Choose a run alone; by its tick, Space or with a key held, beside others, or no longer."""
         ids, run_id = settle(ids), event.run
+        if not event.beside:
+            return [run_id]
         return [item for item in ids if item != run_id] if run_id in ids else [*ids, run_id]
 
     table.click(choose, chosen, chosen, **QUIET).then(show, [chosen, page], outputs, **QUIET)

@@ -129,6 +129,13 @@ def _ask_while_the_model_loads(page: Page) -> None:
 
 def _take_away(page: Page) -> None:
     page.get_by_role("tab", name="Runs", exact=True).click()
+    row = page.locator("[data-run]")
+    row.locator(".tick").click()
+    expect(row).not_to_have_attribute("aria-selected", "true")
+    expect(page.locator("#resume")).to_be_disabled()
+    for _ in range(2):  # a click chooses, and chooses again
+        row.click()
+        expect(row).to_have_attribute("aria-selected", "true")
     page.locator("#export").click()
     expect(page.locator("#export-said")).to_contain_text("Merged model (float32): ", timeout=TRAIN_MS)
 
