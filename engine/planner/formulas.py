@@ -5,7 +5,7 @@ replaced, a gradient, the optimizer's states. What comes and goes: activations (
 at a time, the write-back's temporaries, and what the selection reads.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 
 from engine.units import MIB
@@ -132,8 +132,19 @@ def births_bytes(num_active: int) -> int:
     return 2 * num_active
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """Return what a tensor takes in pinned main memory: PyTorch's allocator gives powers of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 def optimizer_states_bytes(
-    sizes: Iterable[int], optimizer: str, *, accumulators: int = 0, ages: bool = False, eight_bit: bool = False
+    sizes: Iterable[int],
+    optimizer: str,
+    *,
+    accumulators: int = 0,
+    ages: bool = False,
+    eight_bit: bool = False,
+    pinned: bool = False,
 ) -> int:
     """Return the size of the optimizer's states over the values.
 
@@ -143,17 +154,21 @@ def optimizer_states_bytes(
         accumulators: rows and columns of all targets.
         ages: whether AdamW also keeps the age of each entry, int32, beside 8-bit moments int16; else one a tensor.
         eight_bit: whether AdamW's moments are codes of 1 byte with an fp32 scale each 256.
+        pinned: whether they lie in pinned main memory.
     """
     if optimizer == "sm3":
         return FP32_BYTES * accumulators
     states, numbers, _ = OPTIMIZERS[optimizer]
-    return sum(_tensor_states_bytes(size, states, numbers, ages, eight_bit) for size in sizes)
+    taken: Callable[[int], int] = pinned_bytes if pinned else int
+    each = (_states_of(size, states, ages, eight_bit) for size in sizes)
+    return sum(sum(map(taken, tensors)) + (0 if ages else FP32_BYTES * numbers) for tensors in each)
 
 
-def _tensor_states_bytes(size: int, states: int, numbers: int, ages: bool, eight_bit: bool) -> int:
+def _states_of(size: int, states: int, ages: bool, eight_bit: bool) -> list[int]:
+    """Return the bytes of each state of a tensor of `size` entries; a number for all of them is none."""
     coded = eight_bit and size >= FEWEST_8_BIT
-    moments = states * (size + FP32_BYTES * -(-size // STATE_BLOCK) if coded else FP32_BYTES * size)
-    return moments + ((FP32_BYTES // (2 if coded else 1)) * size if ages else FP32_BYTES * numbers)
+    moment = [size, FP32_BYTES * -(-size // STATE_BLOCK)] if coded else [FP32_BYTES * size]
+    return moment * states + ([FP32_BYTES // (2 if coded else 1) * size] if ages else [])
 
 
 def candidates_bytes(num_active: int) -> int:

@@ -98,8 +98,9 @@ def host_bytes(work: Workload) -> int:
 
     Where entries move they are chosen beside the states; else before there are any. Each process needs its own.
     """
-    states, selecting = work.states_bytes if work.offloaded else 0, _selection_host_bytes(work)
-    inputs = sum(not kept.inside for kept in work.kept[work.lowest :]) * work.block_input_bytes
+    states, selecting = work.host_states_bytes, _selection_host_bytes(work)
+    blocks = sum(not kept.inside for kept in work.kept[work.lowest :])
+    inputs = blocks * formulas.pinned_bytes(work.block_input_bytes)
     each = states + selecting if entries_move(work.spec) else max(states, selecting)
     return (each + (inputs if work.offloads_inputs else 0)) * work.spec.num_processes
 

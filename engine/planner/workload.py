@@ -144,6 +144,11 @@ class Workload:
         return self._states_of(self.sizes)
 
     @property
+    def host_states_bytes(self) -> int:
+        """What of them lies in main memory beside a GPU."""
+        return self._states_of(self.sizes, pinned=True) if self.offloaded else 0
+
+    @property
     def head_states_bytes(self) -> int:
         """Those of a classifier's head, which is trained dense: in fp32, by AdamW where the entries have SM3."""
         name, head = optimizer_of(self.spec), self.shape.dense_numel
@@ -215,13 +220,14 @@ class Workload:
     def _aged(self) -> bool:
         return optimizer_of(self.spec) == "adamw" and entries_move(self.spec)
 
-    def _states_of(self, sizes: tuple[int, ...]) -> int:
+    def _states_of(self, sizes: tuple[int, ...], *, pinned: bool = False) -> int:
         return formulas.optimizer_states_bytes(
             sizes,
             optimizer_of(self.spec),
             accumulators=self.targets.accumulators,
             ages=self._aged,
             eight_bit=self.spec.optimizer_states != "float32",
+            pinned=pinned,
         )
 
     @property
