@@ -64,12 +64,20 @@ def chunked_forward_bytes(shape: ModelShape, setting: Setting, head_trained: boo
 
     The hidden states of the labelled tokens, e h T; the logits of a chunk in fp32, 4 V c, and in 16 bit beside them as
     they come and as their gradient goes, e V c. A trained output layer: the product that is added, e V h, beside that
-    gradient alone.
+    gradient alone. On a GPU the logits of Liger-Kernel's chunk, where they are more: it may be installed there.
     """
     e, chunk = setting.element_bytes, min(setting.tokens, chunk_tokens(shape.vocabulary))
     logits = shape.vocabulary * chunk * (FP32_BYTES + (e if e != FP32_BYTES else 0))
+    if not setting.on_cpu:
+        logits = max(logits, e * shape.vocabulary * _liger_chunk(shape, setting.tokens))
     product = e * shape.vocabulary * (chunk + shape.hidden) if head_trained else 0
     return e * shape.hidden * setting.tokens + max(logits, product)
+
+
+def _liger_chunk(shape: ModelShape, tokens: int) -> int:
+    """Return the tokens of a chunk of Liger-Kernel's: a power of two whose logits are about as many as T h."""
+    parts = -(-shape.vocabulary // shape.hidden)
+    return min(tokens, 1 << (-(-tokens // parts) - 1).bit_length())
 
 
 def chunked_backward_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -14,7 +14,9 @@ from engine.chunked_loss import output_layer
 from engine.data.batches import Batch
 from engine.evaluate import causal_loss
 from engine.hardware import Device
+from engine.planner.activations import Setting
 from engine.planner.estimate import estimate
+from engine.planner.output_layer import chunk_tokens, chunked_forward_bytes
 from engine.planner.remedies import find_remedies
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
@@ -88,6 +90,18 @@ def test_chunks_come_first_among_the_remedies_and_lift_the_length(config_folder:
     first = find_remedies(spec, shape, card, plan)[0]
     assert first.changes == {"chunked_loss": True}
     assert first.saved_bytes > GIB
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(512, 64), (16_384, 2048), (65_536, 8192)])
+def test_on_a_gpu_the_chunk_may_be_that_of_liger_kernel(
+    config_folder: Callable[..., str], tokens: int, chunk: int
+) -> None:
+    shape = read_shape(config_folder(vocab_size=32_000, hidden_size=4096))
+    setting = Setting(rows=1, length=tokens, element_bytes=2, kernel="flash", checkpointing=True)
+    logits = chunked_forward_bytes(shape, setting, head_trained=False) - 2 * 4096 * tokens
+    own = 32_000 * (2 + 4) * chunk_tokens(32_000)
+    # Its fused_linear_cross_entropy.py: for ex: BT = 4096*4, V = 32000, H = 4096 ==> inc_factor = 8, chunk_size = 2048.
+    assert logits == max(own, 32_000 * 2 * chunk)
 
 
 def test_a_family_that_is_not_known_saves_nothing(config_folder: Callable[..., str]) -> None:
