@@ -223,7 +223,7 @@ def build_shape(
         task: causal or classification.
 
     Raises:
-        ModelError: the config lacks a number that the plan needs.
+        ModelError: the config lacks a number that the plan needs, or the weights are stored quantised.
     """
     if config.get("is_encoder_decoder"):
         raise ModelError(
@@ -244,6 +244,7 @@ def build_shape(
         )
     tied = is_tied(numbers)
     if tensors is not None:
+        _require_plain(source, config)
         tensors = language_tensors(parameters_of(tensors), config)
         if numbers.tied is None:
             tied = not any(name.endswith(_HEADS) for name in tensors)
@@ -252,6 +253,17 @@ def build_shape(
         tensors = as_loaded(replace(numbers, tied=tied), config, tensors)
     shape = _shape_of(source, config, numbers, tied, tensors or tensors_of(numbers, config), dtype)
     return shape if task == "causal" else _classifier(shape, config)
+
+
+def _require_plain(source: str, config: dict[str, Any]) -> None:
+    """Refuse weights that are packed: their tensors have other sizes than the parameters."""
+    stored = config.get("quantization_config")
+    if stored:
+        way = stored.get("quant_method", "quantised") if isinstance(stored, dict) else "quantised"
+        raise ModelError(
+            f"The weights of {source!r} are stored quantised ({way}), which can be neither planned nor trained here. "
+            "Give the model they were made from; quantization=nf4 stores it in 4 bit while it is loaded."
+        )
 
 
 def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
