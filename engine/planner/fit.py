@@ -14,7 +14,7 @@ from engine.spec import RunSpec, about
 
 Field = Literal["sequence_length", "micro_batch_size", "density", "model"]
 LARGEST_FIELDS: tuple[Field, ...] = ("sequence_length", "micro_batch_size", "density", "model")
-_LENGTH_STEP = 32  # tokens
+_SHORTEST = 8  # tokens; the least a spec takes
 _LONGEST = 131_072  # tokens; where the model does not say
 _MOST_ROWS = 1024
 _DENSITY_DIGITS = 3  # thousandths of a power of ten: 0.0123
@@ -116,9 +116,8 @@ def _fits(spec: RunSpec, shape: ModelShape, device: Device, **changes: Any) -> b
 
 def largest_length(spec: RunSpec, shape: ModelShape, device: Device) -> int | None:
     """Return the longest rows that fit with the rest as it is, in tokens, at most what the model was made for."""
-    most = max(1, (shape.positions or _LONGEST) // _LENGTH_STEP)
-    found = _largest(1, most, lambda units: _fits(spec, shape, device, sequence_length=units * _LENGTH_STEP))
-    return None if found is None else found * _LENGTH_STEP
+    most = max(_SHORTEST, shape.positions or _LONGEST)
+    return _largest(_SHORTEST, most, lambda tokens: _fits(spec, shape, device, sequence_length=tokens))
 
 
 def largest_micro_batch(spec: RunSpec, shape: ModelShape, device: Device) -> int | None:
