@@ -38,6 +38,8 @@ from engine.presets import bundled_models
 from engine.targets import layer_number, match_targets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
+_PLACES = ("wpe.weight", "position_embeddings.weight", "embed_positions.weight")
+_ROBERTA_PLACES = 2  # before that of the first token
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -78,6 +80,15 @@ class ModelShape:
     def embedding(self) -> str | None:
         """The name of the token embedding."""
         return next((name for name in self.tensors if name.endswith(EMBEDDINGS)), None)
+
+    @cached_property
+    def longest_row(self) -> int | None:
+        """Tokens that have a place in a learned table of positions; None where there is no table."""
+        places = next((shape[0] for name, shape in self.tensors.items() if name.endswith(_PLACES)), None)
+        if places is None:
+            return None
+        before = _ROBERTA_PLACES if self.layout.label_head == "roberta" else 0
+        return min(places, self.positions or places) - before
 
     @cached_property
     def blocks(self) -> tuple[Mapping[str, str], ...]:
@@ -308,6 +319,19 @@ def _shape_of(
         positions=numbers.positions,
         fused_attention=numbers.family not in WITHOUT_FUSED_ATTENTION,
     )
+
+
+def require_places(shape: ModelShape, tokens: int) -> None:
+    """Do nothing where a row of so many tokens has a place for each.
+
+    Raises:
+        ModelError: the model's table of positions is shorter.
+    """
+    if shape.longest_row is not None and tokens > shape.longest_row:
+        raise ModelError(
+            f"sequence_length must be at most {shape.longest_row:,}, the positions that {shape.source!r} has learned, "
+            f"got {tokens:,}. Lower it."
+        )
 
 
 def target_tensors(shape: ModelShape, targets: str | tuple[str, ...]) -> dict[str, Shape]:
