@@ -107,7 +107,7 @@ def _require_each(shapes: Mapping[str, Shape], patterns: tuple[str, ...]) -> Non
 
 
 def _words(targets: str | tuple[str, ...]) -> str:
-    return repr(targets) if isinstance(targets, str) else ", ".join(repr(pattern) for pattern in targets)
+    return repr(targets) if isinstance(targets, str) else ", ".join(repr(pattern) for pattern in targets) or "[]"
 
 
 def _remedy(shapes: Mapping[str, Shape]) -> str:

@@ -33,6 +33,9 @@ def classifier_tensors(family: str, config: Mapping[str, Any], tensors: Mapping[
         family: the config's model_type.
         config: the content of config.json.
         tensors: of the base; read for families that are no encoder here.
+
+    Raises:
+        KeyError: the config of an encoder lacks a number; the message is its name.
     """
     if family == "distilbert":
         return dict(_distilbert(config))
@@ -50,6 +53,14 @@ def labels_of(config: Mapping[str, Any]) -> int:
     return len(names) if isinstance(names, Mapping) and names else LABELS
 
 
+def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Return a number of config.json; KeyError with its name where it is none."""
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise KeyError(name)
+    return value
+
+
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
@@ -61,12 +72,13 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, Shape]]:
 
 
 def _bert(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Shape]]:
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    yield f"{prefix}.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
-    yield f"{prefix}.embeddings.position_embeddings.weight", (config.get("max_position_embeddings", POSITIONS), hidden)
-    yield f"{prefix}.embeddings.token_type_embeddings.weight", (config.get("type_vocab_size", 2), hidden)
+    hidden, ffn = _whole(config, "hidden_size"), _whole(config, "intermediate_size")
+    positions = _whole(config, "max_position_embeddings", POSITIONS)
+    yield f"{prefix}.embeddings.word_embeddings.weight", (_whole(config, "vocab_size"), hidden)
+    yield f"{prefix}.embeddings.position_embeddings.weight", (positions, hidden)
+    yield f"{prefix}.embeddings.token_type_embeddings.weight", (_whole(config, "type_vocab_size", 2), hidden)
     yield from _norm(f"{prefix}.embeddings.LayerNorm", hidden)
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(_whole(config, "num_hidden_layers")):
         block = f"{prefix}.encoder.layer.{layer}"
         for name in ("query", "key", "value"):
             yield from _linear(f"{block}.attention.self.{name}", hidden, hidden)
@@ -84,11 +96,12 @@ def _bert(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Shape]]
 
 
 def _distilbert(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, ffn = config["dim"], config["hidden_dim"]
-    yield "distilbert.embeddings.word_embeddings.weight", (config["vocab_size"], hidden)
-    yield "distilbert.embeddings.position_embeddings.weight", (config.get("max_position_embeddings", POSITIONS), hidden)
+    hidden, ffn = _whole(config, "dim"), _whole(config, "hidden_dim")
+    positions = _whole(config, "max_position_embeddings", POSITIONS)
+    yield "distilbert.embeddings.word_embeddings.weight", (_whole(config, "vocab_size"), hidden)
+    yield "distilbert.embeddings.position_embeddings.weight", (positions, hidden)
     yield from _norm("distilbert.embeddings.LayerNorm", hidden)
-    for layer in range(config["n_layers"]):
+    for layer in range(_whole(config, "n_layers")):
         block = f"distilbert.transformer.layer.{layer}"
         for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
             yield from _linear(f"{block}.attention.{name}", hidden, hidden)

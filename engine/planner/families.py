@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.planner.config_defaults import DEFAULTS
+
 Shape = tuple[int, ...]
 
 # Within 1 percent of the trace in every setting of `python -m benchmarks.planner_formulas`; granite and smollm3, which
@@ -38,16 +40,6 @@ WITHOUT_FUSED_ATTENTION = frozenset(
         *("roformer", "rwkv", "squeezebert", "tapas", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm", "yoso"),
     )
 )
-# What the config class of a family takes for a number that config.json leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma3_text": {  # transformers 5.23, Gemma3TextConfig; the files of the 4B model rely on it
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 4096,
-    }
-}
 # The language model inside one that also sees: its place in the files and in the class.
 LANGUAGE_MODEL = r"^(language_model\.model|model\.language_model)\."
 _USUAL_HEAD_DIM = 64  # where a config names no heads, as of models without attention
@@ -85,7 +77,7 @@ def read_numbers(config: dict[str, Any]) -> Numbers:
     """
     outer, config = config, language_config(config)
     family = str(config.get("model_type") or outer.get("model_type") or "unknown")
-    hidden = _whole(config, "hidden_size", "n_embd", "d_model", "dim", "emb_dim")
+    hidden = _whole(config, "hidden_size", "n_embd", "n_embed", "d_model", "dim", "emb_dim")
     heads = _heads(config, family, hidden)
     architectures = config.get("architectures") or outer.get("architectures") or [family]
     tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
@@ -124,7 +116,7 @@ def _layers(config: dict[str, Any]) -> int:
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
     config = config.get("text_config") or config
-    return {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    return {**DEFAULTS.get(str(config.get("model_type")), {}), **config}
 
 
 def parameters_of(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -303,7 +295,9 @@ def _phi(numbers: Numbers, config: dict[str, Any]) -> Iterator[tuple[str, Shape]
         yield from _weighted(f"{block}.mlp.fc2", (hidden, ffn))
         yield from _weighted(f"{block}.input_layernorm", (hidden,))
     yield from _weighted("model.final_layernorm", (hidden,))
-    yield from _weighted("lm_head", (numbers.vocabulary, hidden))
+    if not is_tied(numbers):
+        yield "lm_head.weight", (numbers.vocabulary, hidden)
+    yield "lm_head.bias", (numbers.vocabulary,)  # also beside a tied weight
 
 
 _OWN_NAMES = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "phi": _phi}

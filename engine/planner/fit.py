@@ -8,13 +8,12 @@ from engine.errors import BudgetError, InvalidSpecError, ModelError, TargetsErro
 from engine.hardware import Device
 from engine.planner.estimate import Plan, estimate
 from engine.planner.remedies import merged, take_until_it_fits
-from engine.planner.shape import ModelShape, read_shape
+from engine.planner.shape import ModelShape, read_shape, require_places
 from engine.presets import bundled_models, preset_models
-from engine.spec import RunSpec, about
+from engine.spec import SHORTEST_LENGTH, RunSpec, about
 
 Field = Literal["sequence_length", "micro_batch_size", "density", "model"]
 LARGEST_FIELDS: tuple[Field, ...] = ("sequence_length", "micro_batch_size", "density", "model")
-_LENGTH_STEP = 32  # tokens
 _LONGEST = 131_072  # tokens; where the model does not say
 _MOST_ROWS = 1024
 _DENSITY_DIGITS = 3  # thousandths of a power of ten: 0.0123
@@ -49,7 +48,9 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
 
     Raises:
         BudgetError: nothing makes it fit.
+        ModelError: the model has no places for rows that long.
     """
+    require_places(shape, spec.sequence_length)
     taken, plan = take_until_it_fits(
         spec, shape, device, estimate(spec, shape, device), lambda before, after: after.peak_bytes < before.peak_bytes
     )
@@ -116,9 +117,8 @@ def _fits(spec: RunSpec, shape: ModelShape, device: Device, **changes: Any) -> b
 
 def largest_length(spec: RunSpec, shape: ModelShape, device: Device) -> int | None:
     """Return the longest rows that fit with the rest as it is, in tokens, at most what the model was made for."""
-    most = max(1, (shape.positions or _LONGEST) // _LENGTH_STEP)
-    found = _largest(1, most, lambda units: _fits(spec, shape, device, sequence_length=units * _LENGTH_STEP))
-    return None if found is None else found * _LENGTH_STEP
+    most = max(SHORTEST_LENGTH, shape.longest_row or shape.positions or _LONGEST)
+    return _largest(SHORTEST_LENGTH, most, lambda tokens: _fits(spec, shape, device, sequence_length=tokens))
 
 
 def largest_micro_batch(spec: RunSpec, shape: ModelShape, device: Device) -> int | None:

@@ -10,7 +10,7 @@ from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
 from engine.planner.remedies import find_remedies
 from engine.planner.row_lengths import RowLengths
-from engine.planner.shape import ModelShape
+from engine.planner.shape import ModelShape, require_places
 from engine.planner.traced_plan import planned_shape, with_trace
 from engine.planner.workload import dtype_of
 from engine.spec import BASELINES, SHORTEST_LENGTH, RunSpec
@@ -64,13 +64,14 @@ def make_plan(
         lengths: of the dataset's rows, where they were counted: no batch is longer, and a step takes less time.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelError: the model cannot be found or read, or has no places for rows that long.
         HubUnreachableError: it is on the Hub, which does not answer.
         TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
         DeviceError: the device is not here, or there is no such card.
     """
     device, spec = plan_device(spec, card), cut_rows(spec, lengths)
     shape = planned_shape(spec, device)
+    require_places(shape, spec.sequence_length)
     plan = with_time(estimate(spec, shape, device), spec, shape, device, lengths)
     if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
         raise TargetsError(

@@ -38,6 +38,8 @@ from engine.presets import bundled_models
 from engine.targets import layer_number, match_targets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
+_PLACES = ("wpe.weight", "position_embeddings.weight", "embed_positions.weight")
+_ROBERTA_PLACES = 2  # before that of the first token
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -78,6 +80,15 @@ class ModelShape:
     def embedding(self) -> str | None:
         """The name of the token embedding."""
         return next((name for name in self.tensors if name.endswith(EMBEDDINGS)), None)
+
+    @cached_property
+    def longest_row(self) -> int | None:
+        """Tokens that have a place in a learned table of positions; None where there is no table."""
+        places = next((shape[0] for name, shape in self.tensors.items() if name.endswith(_PLACES)), None)
+        if places is None:
+            return None
+        before = _ROBERTA_PLACES if self.layout.label_head == "roberta" else 0
+        return min(places, self.positions or places) - before
 
     @cached_property
     def blocks(self) -> tuple[Mapping[str, str], ...]:
@@ -223,7 +234,7 @@ def build_shape(
         task: causal or classification.
 
     Raises:
-        ModelError: the config lacks a number that the plan needs.
+        ModelError: the config lacks a number that the plan needs, or the weights are stored quantised.
     """
     if config.get("is_encoder_decoder"):
         raise ModelError(
@@ -244,6 +255,7 @@ def build_shape(
         )
     tied = is_tied(numbers)
     if tensors is not None:
+        _require_plain(source, config)
         tensors = language_tensors(parameters_of(tensors), config)
         if numbers.tied is None:
             tied = not any(name.endswith(_HEADS) for name in tensors)
@@ -252,6 +264,17 @@ def build_shape(
         tensors = as_loaded(replace(numbers, tied=tied), config, tensors)
     shape = _shape_of(source, config, numbers, tied, tensors or tensors_of(numbers, config), dtype)
     return shape if task == "causal" else _classifier(shape, config)
+
+
+def _require_plain(source: str, config: dict[str, Any]) -> None:
+    """Refuse weights that are packed: their tensors have other sizes than the parameters."""
+    stored = config.get("quantization_config")
+    if stored:
+        way = stored.get("quant_method", "quantised") if isinstance(stored, dict) else "quantised"
+        raise ModelError(
+            f"The weights of {source!r} are stored quantised ({way}), which can be neither planned nor trained here. "
+            "Give the model they were made from; quantization=nf4 stores it in 4 bit while it is loaded."
+        )
 
 
 def _classifier(shape: ModelShape, config: dict[str, Any]) -> ModelShape:
@@ -296,6 +319,19 @@ def _shape_of(
         positions=numbers.positions,
         fused_attention=numbers.family not in WITHOUT_FUSED_ATTENTION,
     )
+
+
+def require_places(shape: ModelShape, tokens: int) -> None:
+    """Do nothing where a row of so many tokens has a place for each.
+
+    Raises:
+        ModelError: the model's table of positions is shorter.
+    """
+    if shape.longest_row is not None and tokens > shape.longest_row:
+        raise ModelError(
+            f"sequence_length must be at most {shape.longest_row:,}, the positions that {shape.source!r} has learned, "
+            f"got {tokens:,}. Lower it."
+        )
 
 
 def target_tensors(shape: ModelShape, targets: str | tuple[str, ...]) -> dict[str, Shape]:

@@ -70,6 +70,8 @@ def test_what_matches_nothing_names_real_parameters() -> None:
         match_targets(NAMES, ("o_proj", "up_proj"))
     with pytest.raises(TargetsError, match=r"targets 'linear' match no weight .* like wte\.weight\."):
         match_targets({"wte.weight": (8, 4)}, "linear")
+    with pytest.raises(TargetsError, match=r"targets \[\] match no weight"):
+        match_targets(NAMES, ())
 
 
 def test_counts_follow_density_or_the_number_asked_for() -> None:

@@ -28,18 +28,22 @@ def _spec(model: str, **fields: Any) -> RunSpec:
 
 
 @pytest.mark.parametrize(
-    ("search", "name", "step"),
-    [(largest_length, "sequence_length", 32), (largest_micro_batch, "micro_batch_size", 1)],
+    ("search", "name"), [(largest_length, "sequence_length"), (largest_micro_batch, "micro_batch_size")]
 )
 def test_the_largest_fits_and_one_step_more_does_not(
-    config_folder: Callable[..., str], search: Callable[..., int | None], name: str, step: int
+    config_folder: Callable[..., str], search: Callable[..., int | None], name: str
 ) -> None:
     spec = _spec(config_folder())
     shape = read_shape(spec.model)
     found = search(spec, shape, CARD)
     assert found is not None
-    verdicts = [estimate(spec.model_copy(update={name: value}), shape, CARD).verdict for value in (found, found + step)]
+    verdicts = [estimate(spec.model_copy(update={name: value}), shape, CARD).verdict for value in (found, found + 1)]
     assert verdicts[0] == "fits" != verdicts[1]
+
+
+def test_rows_as_short_as_a_spec_takes_are_found(config_folder: Callable[..., str]) -> None:
+    spec = _spec(config_folder(max_position_embeddings=20))
+    assert largest_length(spec, read_shape(spec.model), CARD) == 20  # what the model was made for
 
 
 def test_the_largest_density_has_three_digits_and_fits(config_folder: Callable[..., str]) -> None:
@@ -98,7 +102,7 @@ def test_a_length_that_is_cut_is_cut_no_more_than_needed(config_folder: Callable
     spec = _spec(config_folder(max_position_embeddings=10**6), sequence_length=600_000, quantization="nf4")
     shape = read_shape(spec.model)
     fit = fit_spec(spec, shape, CARD)
-    longer = fit.spec.model_copy(update={"sequence_length": fit.spec.sequence_length + 32})
+    longer = fit.spec.model_copy(update={"sequence_length": fit.spec.sequence_length + 1})
     assert 8 < fit.spec.sequence_length < 600_000
     assert estimate(longer, shape, CARD).verdict != "fits"
 

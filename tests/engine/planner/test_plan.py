@@ -5,11 +5,12 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.errors import BudgetError, DeviceError, TargetsError
+from engine.errors import BudgetError, DeviceError, ModelError, TargetsError
 from engine.hardware import Device, Gpu
 from engine.planner import formulas
 from engine.planner.estimate import estimate
@@ -32,6 +33,17 @@ def test_the_parts_add_up_to_the_peak(config_folder: Callable[..., str]) -> None
     assert sum(plan.parts.values()) == plan.peak_bytes
     assert plan.lower_bytes < plan.peak_bytes < plan.upper_bytes
     assert sum(size for _, size in plan_table(plan)) == plan.peak_bytes
+
+
+@pytest.mark.parametrize(("family", "task", "longest"), [("gpt2", "causal", 64), ("roberta", "classification", 62)])
+def test_no_row_is_longer_than_a_table_of_positions(family: str, task: str, longest: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 80}
+    config = {"model_type": family, **sizes, "intermediate_size": 64, "max_position_embeddings": 64, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    spec = RunSpec(model=str(tmp_path), task=task, device="cpu", sequence_length=longest)
+    assert make_plan(spec).peak_bytes
+    with pytest.raises(ModelError, match=f"sequence_length must be at most {longest}, the positions that"):
+        make_plan(spec.model_copy(update={"sequence_length": longest + 1}))
 
 
 def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:

@@ -124,6 +124,16 @@ def test_an_index_of_shards_is_read_whole(config_folder: Callable[..., str]) -> 
         read_shape(str(folder))
 
 
+def test_weights_that_are_stored_quantised_are_refused(config_folder: Callable[..., str]) -> None:
+    folder = Path(config_folder(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    assert read_shape(str(folder)).num_parameters == 6_738_415_616  # the sizes of what they were made from
+    save_file(
+        {"model.layers.0.mlp.up_proj.weight": torch.zeros(32, 1, dtype=torch.uint8)}, folder / "model.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"are stored quantised \(bitsandbytes\), .* quantization=nf4"):
+        read_shape(str(folder))
+
+
 def test_a_stored_copy_of_a_tied_head_counts_once(config_folder: Callable[..., str]) -> None:
     folder = Path(config_folder(tie_word_embeddings=True))
     embedding = torch.zeros(8, 4)
@@ -177,6 +187,45 @@ def test_a_config_may_leave_out_what_its_class_knows(tmp_path: Path, config_fold
     assert dict(shapes[0].tensors) == dict(shapes[1].tensors)
     mamba = read_shape(config_folder(model_type="mamba", num_attention_heads=None, num_key_value_heads=None))
     assert mamba.heads * mamba.head_dim == mamba.hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_number_left_out_is_that_of_the_class(family: str, tmp_path: Path) -> None:
+    left_out = ("intermediate_size", "num_key_value_heads", "head_dim")
+    sizes = {name: size for name, size in SMALL.items() if name not in left_out}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}), encoding="utf-8")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    shape = read_shape(str(tmp_path))
+    assert dict(shape.tensors) == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shape.experts_per_token == getattr(model.config, "num_experts_per_tok", 0)
+
+
+def test_the_width_of_bloom_may_be_called_n_embed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bloom", "n_embed": 48, "n_layer": 2, "n_head": 4, "vocab_size": 80}),
+        encoding="utf-8",
+    )
+    assert read_shape(str(tmp_path)).hidden == AutoConfig.from_pretrained(tmp_path).hidden_size == 48
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt_neox"])
+def test_an_output_layer_is_tied_where_the_config_says_so(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": family, **SMALL, "tie_word_embeddings": True}), encoding="utf-8"
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert read_shape(str(tmp_path)).num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "max_position_embeddings", "type_vocab_size"])
+def test_an_encoder_without_a_number_says_which(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "roberta", **ENCODER, name: None}), encoding="utf-8"
+    )
+    with pytest.raises(ModelError, match=f"has no usable {name}"):
+        read_shape(str(tmp_path), task="classification")
 
 
 def test_families_without_fused_attention_are_those_whose_classes_have_none() -> None:
