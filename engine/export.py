@@ -81,7 +81,7 @@ def merge(run: Run, folder: Path) -> Exported:
     info = read_info(run.delta_path)
     delta = None if info.method in BASELINES else SparseDelta.load(run.delta_path)
     spec = spec_as_run(run)
-    quantised = info.quantization == "nf4"
+    quantised = spec.quantization == "nf4"  # the base, be it that no weight of the delta is
     device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
     model, head = load_base(spec, device, info.labels), read_head(run.delta_path)
     if delta is None:

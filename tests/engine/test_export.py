@@ -98,9 +98,10 @@ def test_tied_weights_stay_tied_and_carry_the_delta(
     assert torch.equal(_logits(loaded), _ours(run))
 
 
+@pytest.mark.parametrize("targets", ["linear", ("embed_tokens",)])  # in NF4, and left dense beside it
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merged_nf4_run_computes_what_the_run_computes(make: Make, tmp_path: Path, dtype: str) -> None:
-    run = make(quantization="nf4", dtype=dtype)
+def test_merged_nf4_run_computes_what_the_run_computes(make: Make, tmp_path: Path, dtype: str, targets: Any) -> None:
+    run = make(quantization="nf4", dtype=dtype, targets=targets)
     done = merge(run, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(done.folder)
     assert loaded.dtype == getattr(torch, dtype)
