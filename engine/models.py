@@ -37,6 +37,7 @@ HEAD_MODULES = (
     "score",
     "pre_classifier",
     "classification_head",
+    "head",
     "pooler",
     "sequence_summary",
     "logits_proj",
@@ -88,11 +89,12 @@ def load_classifier(
         ModelError: it is not there, has no weights, or transformers knows no classification by such a model.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
-    options: dict[str, Any] = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True}
-    options["problem_type"] = "single_label_classification" if labels else "regression"
-    if labels:
-        options |= {"id2label": dict(enumerate(labels)), "label2id": {word: at for at, word in enumerate(labels)}}
     config = _load(AutoConfig, spec)
+    # Before anything is built of it: the checkpoint may be that of another task.
+    config.problem_type, config.num_labels = "single_label_classification" if labels else "regression", len(labels) or 1
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {word: at for at, word in enumerate(labels)}
+    options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True}
     options["attn_implementation"] = _attention(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config, spec)
     with random_state_kept(device), _quiet():
         torch.manual_seed(spec.seed)
