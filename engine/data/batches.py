@@ -18,7 +18,7 @@ from engine.data.formats import Conversation, RowFormat
 from engine.data.labels import LabelledText, Labels
 from engine.data.sources import Source, iterate_rows, load_source, read_source_row, recognise_source, split_rows
 from engine.data.templates import CUT, encode_prompt, encode_rows, resolve_template
-from engine.errors import DatasetError
+from engine.errors import DatasetError, EngineError
 from engine.events import DataPrepared
 from engine.planner.row_lengths import RowLengths
 from engine.spec import RunSpec
@@ -162,13 +162,14 @@ def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int
     """Return how long the rows to train on are.
 
     Raises:
-        DatasetError: the dataset cannot be read, has no row to train on, or more than `at_most`.
+        DatasetError: the dataset cannot be read, or has no row to train on.
+        EngineError: it has more than `at_most`.
     """
     source = load_source(spec)
     row_format = recognise_source(source, spec)
     rows, _ = split_rows(source, spec)
     if len(rows) > at_most:
-        raise DatasetError(f"There are more than {at_most:,}.")
+        raise EngineError(f"There are more than {at_most:,}.")
     encoded = _encode(spec, tokenizer, row_format, source, rows, None, None)
     if not len(encoded.examples):
         raise DatasetError(_no_rows(source, encoded.counts))
