@@ -4,7 +4,7 @@ A `Layout` is read from config.json; `blocks.py` writes a block's operations fro
 taken for the Llama layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from engine.targets import layer_number
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _POSITIONS = ("wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight")
+_POSITION_TABLES = ("wpe.weight", "position_embeddings.weight", "embed_positions.weight")
+_FIXED_TABLES = ("codegen", "gptj")  # families whose table is no parameter
 _LAST_NORMS = ("model.norm.weight", "ln_f.weight", "final_layer_norm.weight", "final_layernorm.weight")
 
 
@@ -210,6 +212,11 @@ def _windows(family: str, config: Mapping[str, Any], layers: int) -> tuple[int |
 def is_embedding(name: str) -> bool:
     """Return whether a parameter is that of tokens or positions, which lie before the blocks."""
     return name.endswith((*EMBEDDINGS, *_POSITIONS))
+
+
+def has_position_table(family: str, names: Iterable[str]) -> bool:
+    """Return whether a model has numbers of its own for each position, so that it can read no longer row."""
+    return family in _FIXED_TABLES or any(name.endswith(_POSITION_TABLES) for name in names)
 
 
 def is_last_norm(name: str) -> bool:

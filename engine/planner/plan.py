@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
-from engine.errors import BudgetError, DeviceError, TargetsError
+from engine.errors import BudgetError, DeviceError, InvalidSpecError, SpecProblem, TargetsError
 from engine.hardware import Device, list_gpus, main_memory_bytes, resolve_device
 from engine.planner.calibration import calibrated, rate_for
 from engine.planner.cards import card_device
 from engine.planner.estimate import Plan, Remedy, estimate
+from engine.planner.layouts import has_position_table
 from engine.planner.remedies import find_remedies
 from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import ModelShape
@@ -67,10 +68,12 @@ def make_plan(
         ModelError: the model cannot be found or read.
         HubUnreachableError: it is on the Hub, which does not answer.
         TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
+        InvalidSpecError: the model cannot read rows of `sequence_length`.
         DeviceError: the device is not here, or there is no such card.
     """
-    device, spec = plan_device(spec, card), cut_rows(spec, lengths)
+    asked, device, spec = spec.sequence_length, plan_device(spec, card), cut_rows(spec, lengths)
     shape = planned_shape(spec, device)
+    _require_positions(asked, shape)
     plan = with_time(estimate(spec, shape, device), spec, shape, device, lengths)
     if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
         raise TargetsError(
@@ -81,6 +84,15 @@ def make_plan(
     if not shape.exact:
         plan = with_trace(plan, spec, device)
     return replace(plan, remedies=find_remedies(spec, shape, device, plan)) if with_remedies else plan
+
+
+def _require_positions(length: int, shape: ModelShape) -> None:
+    if shape.positions and length > shape.positions and has_position_table(shape.family, shape.tensors):
+        sentence = (
+            f"sequence_length must be at most {shape.positions:,}, the positions that this model has, got {length:,}. "
+            "Lower it."
+        )
+        raise InvalidSpecError([SpecProblem("sequence_length", sentence)])
 
 
 def cut_rows(spec: RunSpec, lengths: RowLengths | None) -> RunSpec:

@@ -5,16 +5,18 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.errors import BudgetError, DeviceError, TargetsError
+from engine.errors import BudgetError, DeviceError, InvalidSpecError, TargetsError
 from engine.hardware import Device, Gpu
 from engine.planner import formulas
 from engine.planner.estimate import estimate
 from engine.planner.plan import LABELS, make_plan, plan_table, require_fit
 from engine.planner.remedies import find_remedies
+from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
 from engine.units import GIB
@@ -232,3 +234,19 @@ def test_more_processes_than_cards_are_refused(
         make_plan(_spec(config_folder(), num_processes=2))
     assert make_plan(_spec(config_folder(), num_processes=2, device="cpu")).rows == 32
     assert make_plan(_spec(config_folder(), num_processes=2), card="RTX 4090 24 GB").rows == 32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "bert"])
+def test_rows_beyond_the_positions_that_a_model_has_are_refused(family: str, tmp_path: Path) -> None:
+    positions = "max_position_embeddings" if family == "bert" else "n_positions"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    config = {"model_type": family, **sizes, "intermediate_size": 128, positions: 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = _spec(str(tmp_path), sequence_length=65, task="classification" if family == "bert" else "causal")
+    make_plan(spec.model_copy(update={"sequence_length": 64}))
+    with pytest.raises(InvalidSpecError, match="sequence_length must be at most 64, the positions that this model has"):
+        make_plan(spec, lengths=RowLengths(8, 10, 10.0))  # of the rows to train on; those held out may be longer
+
+
+def test_a_model_that_turns_by_position_reads_rows_of_any_length(config_folder: Callable[..., str]) -> None:
+    make_plan(_spec(config_folder(max_position_embeddings=64), sequence_length=65))
