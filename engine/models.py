@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine.errors import ModelError
 from engine.evaluate import padding_id
 from engine.hub import hub_online, require_hub
+from engine.planner.encoders import HEAD_MODULES
 from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
 from engine.rng import random_state_kept
@@ -31,17 +32,6 @@ from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
 from engine.targets import layer_number
 
-# What transformers calls the layers behind the last block of a classifier.
-HEAD_MODULES = (
-    "classifier",
-    "score",
-    "pre_classifier",
-    "classification_head",
-    "head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
 _TOKENIZER_FILES = ("*token*", "vocab.*", "*.model")
 _NO_TOKENIZER = (
     "Model {model!r} has no tokenizer that can be loaded. "

@@ -15,6 +15,7 @@ from transformers import (
 
 from engine.errors import ModelError
 from engine.models import load_classifier, load_model, load_tokenizer
+from engine.planner.encoders import is_head
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
 
@@ -64,4 +65,4 @@ def test_the_head_of_modernbert_stays_dense_over_nf4(tmp_path: Path) -> None:
     spec = RunSpec(model=str(tmp_path), task="classification", quantization="nf4")
     model, head = load_classifier(spec, torch.device("cpu"), ("no", "yes"))
     assert set(head) == {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"}
-    assert all(model.get_parameter(name).is_floating_point() for name in head)
+    assert all(model.get_parameter(name).is_floating_point() and is_head(name) for name in head)
