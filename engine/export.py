@@ -16,8 +16,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from engine.errors import DeltaError, EngineError
 from engine.events import ModelLoaded
@@ -81,7 +82,7 @@ def merge(run: Run, folder: Path) -> Exported:
     info = read_info(run.delta_path)
     delta = None if info.method in BASELINES else SparseDelta.load(run.delta_path)
     spec = spec_as_run(run)
-    quantised = info.quantization == "nf4"
+    quantised = spec.quantization == "nf4"  # the base, be it that no weight of the delta is
     device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
     model, head = load_base(spec, device, info.labels), read_head(run.delta_path)
     if delta is None:
@@ -123,11 +124,18 @@ def _dense(
     dense = load_base(spec.model_copy(update={"quantization": "none"}), torch.device("cpu"), labels)
     for name, parameter in dense.named_parameters():
         weight = weights[name]
+        held = _as_quantised(dense, name) if isinstance(weight, NF4Weight) else parameter
         if name in applied:
-            parameter.copy_(rebuild_weight(applied[name], parameter.dtype))
+            held.copy_(rebuild_weight(applied[name], parameter.dtype))
         else:
-            parameter.copy_(weight.dense() if isinstance(weight, NF4Weight) else weight)
+            held.copy_(weight.dense() if isinstance(weight, NF4Weight) else weight)
     return dense
+
+
+def _as_quantised(model: PreTrainedModel, name: str) -> Tensor:
+    """Return a weight of a dense model laid out as NF4 holds it, (out, in): layers of GPT-2 have it (in, out)."""
+    weight = model.get_parameter(name).detach()
+    return weight.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
 
 
 def _requantised_error(
@@ -140,7 +148,7 @@ def _requantised_error(
     count = 0
     for name, weight in base_weights(again).items():
         if isinstance(weight, NF4Weight):
-            error = weight.dense().float() - merged.get_parameter(name).detach().to(device).float()
+            error = weight.dense().float() - _as_quantised(merged, name).to(device).float()
             largest = max(largest, error.abs().max().item())
             squares += error.square().sum(dtype=torch.float64).item()
             count += error.numel()

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine.errors import ModelError
 from engine.evaluate import padding_id
 from engine.hub import hub_online, require_hub
+from engine.planner.encoders import HEAD_MODULES
 from engine.planner.families import LANGUAGE_MODEL
 from engine.planner.shape import require_weights, resolve_model
 from engine.rng import random_state_kept
@@ -31,16 +32,6 @@ from engine.sparse.base_weight import describe_in_nf4, keep_packing, nf4_config
 from engine.spec import RunSpec
 from engine.targets import layer_number
 
-# What transformers calls the layers behind the last block of a classifier.
-HEAD_MODULES = (
-    "classifier",
-    "score",
-    "pre_classifier",
-    "classification_head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
 _TOKENIZER_FILES = ("*token*", "vocab.*", "*.model")
 _NO_TOKENIZER = (
     "Model {model!r} has no tokenizer that can be loaded. "
@@ -88,11 +79,12 @@ def load_classifier(
         ModelError: it is not there, has no weights, or transformers knows no classification by such a model.
         HubUnreachableError: it is on the Hub only, and the Hub does not answer.
     """
-    options: dict[str, Any] = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True}
-    options["problem_type"] = "single_label_classification" if labels else "regression"
-    if labels:
-        options |= {"id2label": dict(enumerate(labels)), "label2id": {word: at for at, word in enumerate(labels)}}
     config = _load(AutoConfig, spec)
+    # Before anything is built of it: the checkpoint may be that of another task.
+    config.problem_type, config.num_labels = "single_label_classification" if labels else "regression", len(labels) or 1
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {word: at for at, word in enumerate(labels)}
+    options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True}
     options["attn_implementation"] = _attention(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config, spec)
     with random_state_kept(device), _quiet():
         torch.manual_seed(spec.seed)

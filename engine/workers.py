@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.data.preview import preview_dataset
-from engine.errors import EngineError, RunError, WorkerError
+from engine.errors import DatasetError, EngineError, RunError, WorkerError
 from engine.planner.plan import require_fit
-from engine.planner.row_lengths import known_lengths
+from engine.planner.row_lengths import known_lengths, why_refused
 from engine.planner.shape import require_weights
 from engine.presets import find_dataset
 from engine.processes import (
@@ -100,7 +100,8 @@ def start_run(spec: RunSpec) -> Run:
     Raises:
         BudgetError: it does not fit.
         ModelError: the model cannot be found, or has no weights.
-        DatasetError: the dataset is on this computer and cannot be read, or has no column to train on.
+        DatasetError: the dataset is on this computer and cannot be read, or has no column to train on, or its rows
+            were counted and there is none.
         EngineError: the spec is wrong, or the worker does not start.
     """
     plan = plan_by_trace(spec, lengths=known_lengths(spec))
@@ -108,6 +109,8 @@ def start_run(spec: RunSpec) -> Run:
     require_weights(spec.model, spec.model_revision)
     if find_dataset(spec.dataset or "") is not None:  # of the Hub nothing is fetched before there is a run to say so
         preview_dataset(spec)
+        if why := why_refused(spec):
+            raise DatasetError(why)
     run = create_run(spec, plan.to_dict())
     start_worker(run)
     return run

@@ -64,7 +64,7 @@ def take_step(examples: Sequence[AnyExample], spec: RunSpec, step: int, rank: in
         `gradient_accumulation` batches of `micro_batch_size` rows, and the counts of all processes' batches.
     """
     first, size = (step - 1) * _step_rows(spec), spec.micro_batch_size
-    rows = [examples[_row_at(place, len(examples), spec.seed)] for place in range(first, first + _step_rows(spec))]
+    rows = [examples[row_at(place, len(examples), spec.seed)] for place in range(first, first + _step_rows(spec))]
     starts = range(rank * size, len(rows), spec.num_processes * size)
     pad_id = pad_of(examples)
     return StepBatches(
@@ -74,7 +74,8 @@ def take_step(examples: Sequence[AnyExample], spec: RunSpec, step: int, rank: in
     )
 
 
-def _row_at(place: int, num_examples: int, seed: int) -> int:
+def row_at(place: int, num_examples: int, seed: int) -> int:
+    """Return which of a run's examples is the one at `place`, from 0, in the order in which it takes them."""
     epoch, position = divmod(place, num_examples)
     return int(_permutation(num_examples, seed, epoch)[position])
 

@@ -12,13 +12,24 @@ Shape = tuple[int, ...]
 
 ENCODERS = frozenset(("bert", "roberta", "xlm-roberta", "distilbert"))
 LABELS = 2
+# What transformers calls the layers behind the last block of a classifier.
+HEAD_MODULES = (
+    "classifier",
+    "score",
+    "pre_classifier",
+    "classification_head",
+    "head",
+    "pooler",
+    "sequence_summary",
+    "logits_proj",
+)
 POSITIONS = 512  # where a config says none, as its class takes
 _OUTPUTS = ("lm_head.", "embed_out.", "output.weight")  # over the vocabulary
 
 
 def is_head(name: str) -> bool:
     """Return whether a parameter of a classifier is trained dense: what no checkpoint of the base holds."""
-    return name.startswith(("classifier.", "pre_classifier.", "score."))
+    return name.partition(".")[0] in HEAD_MODULES
 
 
 def is_pooler(name: str) -> bool:

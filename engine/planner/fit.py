@@ -48,7 +48,7 @@ def fit_spec(spec: RunSpec, shape: ModelShape, device: Device) -> Fit:
 
     Raises:
         BudgetError: nothing makes it fit.
-        ModelError: the model has no places for rows that long.
+        InvalidSpecError: the model has no places for rows that long.
     """
     require_places(shape, spec.sequence_length)
     taken, plan = take_until_it_fits(

@@ -179,6 +179,11 @@ def candidates_bytes(num_active: int) -> int:
     return FP32_BYTES * num_active + candidate_sums_bytes(num_active)
 
 
+def chosen_candidates_bytes(num_active: int) -> int:
+    """Return what the choice of candidates leaves: their positions and gradient."""
+    return 2 * FP32_BYTES * num_active
+
+
 def candidate_sums_bytes(num_active: int) -> int:
     """Return the size of the sums of the candidates' gradients and of their squares: from a phase's second step on."""
     return 2 * FP32_BYTES * num_active

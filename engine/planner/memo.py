@@ -55,7 +55,8 @@ class Memo:
         out = operation.func(*args, **kwargs)
         if operation.kind != "new":
             changed = args[0] if operation.kind == "in place" else kwargs["out"]
-            if out is changed and key == _key(operation, args, kwargs):  # it has the size that it had
+            # It has the size that it had, and no numbers that change: those of main memory count steps.
+            if out is changed and changed.is_meta and key == _key(operation, args, kwargs):
                 self._made[key] = []
             return out
         made = [*out] if isinstance(out, tuple) else [out]

@@ -1,5 +1,6 @@
 """The moments of a run that may be its peak: loss, backward of a block, optimizer step, selection of entries."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.planner import activations, formulas, output_layer
@@ -64,8 +65,10 @@ def selection_moments(work: Workload) -> list[Moment]:
         steps = [moment.less(unsummed) for moment in Pass(work, "choosing", together).moments()]
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
-        steps = Pass(work, "gathering", work.summed_bytes).moments() if work.on_cpu else []
-        steps.append(_chosen_by_sums(work, together))
+        steps = [_chosen_by_sums(work, together)]
+        if work.on_cpu:
+            gathering, missing = Pass(work, "gathering", work.summed_bytes).moments(), _unchosen(work, [*work.numels])
+            steps += [replace(step, without={**missing, **step.without}) for step in gathering]
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded
@@ -75,22 +78,32 @@ def selection_moments(work: Workload) -> list[Moment]:
 def _chosen_by_sums(work: Workload, together: int) -> Moment:
     """The choice in the last of the largest targets, beside what those before it left; `together`: of one budget."""
     (numel, count), spec = work.largest, work.spec
-    rest = sum(work.active[name] for name in work.yet_to_choose)
+    missing = _unchosen(work, work.yet_to_choose)
     if spec.method == "spiel-ag":
-        each = 2 * formulas.FP32_BYTES  # position and gradient: nothing is summed yet
-        left, missing = each * count, {"gradients": each * rest + work.candidate_sums_bytes}
+        left = formulas.chosen_candidates_bytes(count)
     else:
         kept = spec.method == "sift" and work.selection_micro_steps <= spec.gradient_accumulation * spec.num_processes
         left = formulas.gradients_bytes(count) if kept else 0
-        missing = {"gradients": formulas.gradients_bytes(rest if kept else work.num_active)}
-        if spec.reselection_period is None:  # else the entries are there from the choice before
+        if not kept:
+            missing["gradients"] = formulas.gradients_bytes(work.num_active)
+        if spec.reselection_period is None:
             left += work.placed_bytes(work.targets.largest)
-            missing |= {"indices": work.indices_of(work.yet_to_choose), "values": work.kept_bytes(rest)}
     if spec.allocation == "global":  # none is placed before all are scored
         left, missing = 0, {}
     top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False, left=left) + together
     top += work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel
     return Moment("selection", 0, top, missing)
+
+
+def _unchosen(work: Workload, names: Sequence[str]) -> dict[str, int]:
+    """Return what the entries of some targets do not take yet before they are chosen by sums, part to bytes."""
+    rest = sum(work.active[name] for name in names)
+    if work.spec.method == "spiel-ag":
+        return {"gradients": formulas.chosen_candidates_bytes(rest) + work.candidate_sums_bytes}
+    missing = {"gradients": formulas.gradients_bytes(rest)}
+    if work.spec.reselection_period is None:  # else the entries are there from the choice before
+        missing |= {"indices": work.indices_of(names), "values": work.kept_bytes(rest)}
+    return missing
 
 
 def host_bytes(work: Workload) -> int:

@@ -64,14 +64,15 @@ def make_plan(
         lengths: of the dataset's rows, where they were counted: no batch is longer, and a step takes less time.
 
     Raises:
-        ModelError: the model cannot be found or read, or has no places for rows that long.
+        ModelError: the model cannot be found or read.
         HubUnreachableError: it is on the Hub, which does not answer.
         TargetsError: `targets` match no weight, or have fewer entries than `num_trainable`.
+        InvalidSpecError: the model cannot read rows of `sequence_length`.
         DeviceError: the device is not here, or there is no such card.
     """
-    device, spec = plan_device(spec, card), cut_rows(spec, lengths)
+    asked, device, spec = spec.sequence_length, plan_device(spec, card), cut_rows(spec, lengths)
     shape = planned_shape(spec, device)
-    require_places(shape, spec.sequence_length)
+    require_places(shape, asked)
     plan = with_time(estimate(spec, shape, device), spec, shape, device, lengths)
     if spec.num_trainable is not None and spec.num_trainable > plan.target_numel and spec.method not in BASELINES:
         raise TargetsError(

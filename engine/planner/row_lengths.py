@@ -47,7 +47,16 @@ def why_uncounted(spec: RunSpec) -> str:
     Raises:
         ModelError: the model cannot be found.
     """
-    return str(read_json(_path(spec)).get("uncounted", ""))
+    return str(read_json(_path(spec)).get("uncounted", "")) or why_refused(spec)
+
+
+def why_refused(spec: RunSpec) -> str:
+    """Return why no run of `spec` has rows to train on, where counting them found that; else nothing.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    return str(read_json(_path(spec)).get("refused", ""))
 
 
 def keep_lengths(spec: RunSpec, lengths: RowLengths) -> None:
@@ -55,9 +64,9 @@ def keep_lengths(spec: RunSpec, lengths: RowLengths) -> None:
     keep(_path(spec), asdict(lengths))
 
 
-def keep_uncounted(spec: RunSpec, why: str) -> None:
-    """Write what `why_uncounted` reads, so that nobody tries again before the files change."""
-    keep(_path(spec), {"uncounted": why})
+def keep_uncounted(spec: RunSpec, why: str, *, refused: bool = False) -> None:
+    """Write what `why_uncounted` or `why_refused` reads, so that nobody tries again before the files change."""
+    keep(_path(spec), {"refused" if refused else "uncounted": why})
 
 
 def _path(spec: RunSpec) -> Path:

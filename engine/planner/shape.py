@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from engine.errors import InvalidSpecError, ModelError, SpecProblem
 from engine.planner import hub_files
 from engine.planner.encoders import ENCODERS, classifier_tensors, is_head, labels_of
 from engine.planner.families import (
@@ -39,6 +39,7 @@ from engine.targets import layer_number, match_targets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # name, or owner/name
 _PLACES = ("wpe.weight", "position_embeddings.weight", "embed_positions.weight")
+_FIXED_PLACES = ("codegen", "gptj")  # families whose table is no parameter
 _ROBERTA_PLACES = 2  # before that of the first token
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
@@ -83,7 +84,9 @@ class ModelShape:
 
     @cached_property
     def longest_row(self) -> int | None:
-        """Tokens that have a place in a learned table of positions; None where there is no table."""
+        """Tokens that have a place in a table of positions; None where there is no table."""
+        if self.family in _FIXED_PLACES:
+            return self.positions
         places = next((shape[0] for name, shape in self.tensors.items() if name.endswith(_PLACES)), None)
         if places is None:
             return None
@@ -325,13 +328,14 @@ def require_places(shape: ModelShape, tokens: int) -> None:
     """Do nothing where a row of so many tokens has a place for each.
 
     Raises:
-        ModelError: the model's table of positions is shorter.
+        InvalidSpecError: the model's table of positions is shorter.
     """
     if shape.longest_row is not None and tokens > shape.longest_row:
-        raise ModelError(
-            f"sequence_length must be at most {shape.longest_row:,}, the positions that {shape.source!r} has learned, "
+        sentence = (
+            f"sequence_length must be at most {shape.longest_row:,}, the positions that {shape.source!r} has, "
             f"got {tokens:,}. Lower it."
         )
+        raise InvalidSpecError([SpecProblem("sequence_length", sentence)])
 
 
 def target_tensors(shape: ModelShape, targets: str | tuple[str, ...]) -> dict[str, Shape]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.data.classification import LabelledExample, LabelledExamples
 from engine.data.examples import Example, Examples
+from engine.data.steps import row_at
 from engine.spec import SPIEL_METHODS, RunSpec
 
 STEPS = 2
@@ -37,10 +38,15 @@ def traced_spec(spec: RunSpec) -> RunSpec:
 
 
 def rows(spec: RunSpec, padded: bool) -> Examples | LabelledExamples:
-    """Return the rows of one optimizer step, all tokens labelled; padded: every second is shorter by half."""
+    """Return the rows of all steps of a `traced_spec`, all tokens labelled.
+
+    padded: every second that is taken is shorter by half, so that each micro-batch has its longest row.
+    """
     examples, labelled = Examples(), LabelledExamples()
-    for number in range(spec.micro_batch_size * spec.gradient_accumulation):
-        length = spec.sequence_length // 2 if padded and number % 2 else spec.sequence_length
+    count = spec.micro_batch_size * spec.gradient_accumulation * (spec.max_steps or STEPS)
+    taken = {row_at(place, count, spec.seed): place for place in range(count)}
+    for number in range(count):
+        length = spec.sequence_length // 2 if padded and taken[number] % 2 else spec.sequence_length
         ids = np.full(length, TOKEN, np.int32)
         examples.append(Example(ids, ids))
         labelled.append(LabelledExample(ids, np.zeros(0, np.uint8), 0.0))

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 
 from engine.data.row_counts import count_rows
-from engine.errors import EngineError, ModelError
+from engine.errors import DatasetError, EngineError, ModelError
 from engine.hardware import Device
 from engine.models import describe_classifier, describe_model, load_tokenizer
 from engine.planner.allocator import device_events, replay_and_least_limit
@@ -62,7 +62,7 @@ def _count(request: dict[str, Any]) -> dict[str, Any]:
     try:
         lengths = count_rows(spec, load_tokenizer(spec), TOKENISED_ROWS)
     except EngineError as error:
-        keep_uncounted(spec, str(error))
+        keep_uncounted(spec, str(error), refused=isinstance(error, DatasetError))
     else:
         keep_lengths(spec, lengths)
     return {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -129,8 +130,12 @@ class AdapterTuning(_Baseline):
         self._values = {name: each for name, each in self._adapter.named_parameters() if each.requires_grad}
 
     def detach(self) -> None:
-        """Put the layers back that PEFT wrapped."""
-        self._adapter.unload()
+        """Put the layers back that PEFT wrapped; its own `unload` refuses IA3 over 4 bit."""
+        model: Any = self._adapter.base_model.model
+        for name, module in [*model.named_modules()]:
+            if isinstance(module, BaseTunerLayer):
+                model.set_submodule(name, module.get_base_layer())
+        del model.peft_config
 
     def save_result(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and delta.json beside it."""

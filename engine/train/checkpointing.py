@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from engine.errors import ModelError
 from engine.sparse.recompute import kept_by_model
 from engine.spec import RunSpec
 from engine.targets import layer_number
@@ -19,8 +20,16 @@ def checkpoint_blocks(model: PreTrainedModel, spec: RunSpec) -> None:
     """Let the blocks be computed anew of which a run of `spec` keeps nothing inside.
 
     With `gradient_checkpointing`, all blocks, transformers does it in its own way.
+
+    Raises:
+        ModelError: it has none for this family.
     """
     if spec.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(
+                f"gradient_checkpointing must be false for models of the family {model.config.model_type!r}, which "
+                "transformers cannot compute anew, got true. Set gradient_checkpointing=false."
+            )
         # Older releases of transformers have the second name alone; those with both warn of it.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})

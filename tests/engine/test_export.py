@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, SupertuningConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from engine.__main__ import main
 from engine.errors import DeltaError, EngineError
@@ -98,13 +98,25 @@ def test_tied_weights_stay_tied_and_carry_the_delta(
     assert torch.equal(_logits(loaded), _ours(run))
 
 
+@pytest.mark.parametrize("targets", ["linear", ("embed_tokens",)])  # in NF4, and left dense beside it
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merged_nf4_run_computes_what_the_run_computes(make: Make, tmp_path: Path, dtype: str) -> None:
-    run = make(quantization="nf4", dtype=dtype)
+def test_merged_nf4_run_computes_what_the_run_computes(make: Make, tmp_path: Path, dtype: str, targets: Any) -> None:
+    run = make(quantization="nf4", dtype=dtype, targets=targets)
     done = merge(run, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(done.folder)
     assert loaded.dtype == getattr(torch, dtype)
     torch.testing.assert_close(_logits(loaded), _ours(run), atol=1e-5 if dtype == "float32" else 0, rtol=0)
+
+
+def test_layers_of_gpt2_are_merged_in_their_own_layout(make: Make, model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*model*", "config.json"))
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
+    run = make(model=str(tmp_path / "gpt2"), quantization="nf4", dtype="float32")
+    done = merge(run, tmp_path / "merged")
+    torch.testing.assert_close(
+        _logits(AutoModelForCausalLM.from_pretrained(done.folder)), _ours(run), atol=1e-5, rtol=0
+    )
+    assert 0 < done.figures["requantised_error_max"] < 0.2
 
 
 def test_error_of_quantising_again_is_what_nf4_loses(make: Make, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from engine.errors import BudgetError, DeviceError, ModelError, TargetsError
+from engine.errors import BudgetError, DeviceError, InvalidSpecError, TargetsError
 from engine.hardware import Device, Gpu
 from engine.planner import formulas
 from engine.planner.estimate import estimate
 from engine.planner.plan import LABELS, make_plan, plan_table, require_fit
 from engine.planner.remedies import find_remedies
+from engine.planner.row_lengths import RowLengths
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
 from engine.units import GIB
@@ -35,15 +36,19 @@ def test_the_parts_add_up_to_the_peak(config_folder: Callable[..., str]) -> None
     assert sum(size for _, size in plan_table(plan)) == plan.peak_bytes
 
 
-@pytest.mark.parametrize(("family", "task", "longest"), [("gpt2", "causal", 64), ("roberta", "classification", 62)])
+@pytest.mark.parametrize(
+    ("family", "task", "longest"),
+    [("gpt2", "causal", 64), ("gptj", "causal", 64), ("bert", "classification", 64), ("roberta", "classification", 62)],
+)
 def test_no_row_is_longer_than_a_table_of_positions(family: str, task: str, longest: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 80}
     config = {"model_type": family, **sizes, "intermediate_size": 64, "max_position_embeddings": 64, "n_positions": 64}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     spec = RunSpec(model=str(tmp_path), task=task, device="cpu", sequence_length=longest)
     assert make_plan(spec).peak_bytes
-    with pytest.raises(ModelError, match=f"sequence_length must be at most {longest}, the positions that"):
-        make_plan(spec.model_copy(update={"sequence_length": longest + 1}))
+    longer = spec.model_copy(update={"sequence_length": longest + 1})
+    with pytest.raises(InvalidSpecError, match=f"sequence_length must be at most {longest}, the positions that"):
+        make_plan(longer, lengths=RowLengths(8, 10, 10.0))  # of the rows to train on; those held out may be longer
 
 
 def test_a_plan_is_plain_json(config_folder: Callable[..., str]) -> None:
@@ -244,3 +249,7 @@ def test_more_processes_than_cards_are_refused(
         make_plan(_spec(config_folder(), num_processes=2))
     assert make_plan(_spec(config_folder(), num_processes=2, device="cpu")).rows == 32
     assert make_plan(_spec(config_folder(), num_processes=2), card="RTX 4090 24 GB").rows == 32
+
+
+def test_a_model_that_turns_by_position_reads_rows_of_any_length(config_folder: Callable[..., str]) -> None:
+    make_plan(_spec(config_folder(max_position_embeddings=64), sequence_length=65))

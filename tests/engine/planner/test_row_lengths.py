@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import DatasetError
 from engine.planner.plan import make_plan
 from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths, why_uncounted
 from engine.spec import RunSpec
 from engine.tracer import Tracer
+from engine.workers import start_run
 
 ROWS = [{"question": "How are you?", "answer": "Fine. " * number} for number in range(1, 41)]
 
@@ -45,6 +47,16 @@ def test_a_dataset_that_cannot_be_counted_is_not_tried_twice(spec: RunSpec) -> N
     tracer = Tracer()
     assert tracer.count(spec) is None
     assert tracer._process is None  # nobody was asked
+
+
+def test_no_run_is_made_of_rows_that_are_known_to_be_too_long(spec: RunSpec, tmp_path: Path) -> None:
+    Path(spec.dataset or "").write_text(json.dumps({**ROWS[0], "question": "How are you? " * 20}))
+    short = spec.model_copy(update={"sequence_length": 8, "output": str(tmp_path / "runs")})
+    with Tracer() as tracer:
+        assert tracer.count(short) is None
+    with pytest.raises(DatasetError, match=r"no row to train on: of 1 rows, too long 1\. Raise sequence_length\."):
+        start_run(short)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dataset_on_the_hub_is_not_fetched_to_be_counted(spec: RunSpec) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from engine.errors import ModelError
 from engine.hardware import Device
 from engine.models import load_classifier, load_model
 from engine.planner.ledger import Figures, add_up
@@ -94,6 +95,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"targets": "all", "chunked_loss": True, "gradient_checkpointing": True}),
     ("llama", {"dtype": "bfloat16", "optimizer_states": "compact"}),
     ("llama", {"quantization": "nf4", "optimizer_states": "compact", "method": "random"}),
+    ("llama", {"optimizer": "adam"}),  # counts its steps in main memory, and divides by what that comes to
     ("llama", {"dtype": "float16", "optimizer_states": "8bit", "reselection_period": 4, "max_steps": 20}),
 ]
 
@@ -122,10 +124,24 @@ def test_the_trace_of_a_classifier_is_a_real_step(method: str, tmp_path: Path) -
     assert (traced.peak.phase, traced.peak.operation) == (real.peak.phase, real.peak.operation)
 
 
+def test_blocks_that_transformers_cannot_compute_anew_are_refused(tmp_path: Path) -> None:
+    sizes = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    AutoConfig.for_model("mpnet", **sizes, num_attention_heads=4).save_pretrained(tmp_path)
+    spec = _spec(str(tmp_path), task="classification", gradient_checkpointing=True)
+    with pytest.raises(ModelError, match="gradient_checkpointing must be false for models of the family 'mpnet'"):
+        trace(spec, CPU)
+
+
 def test_padding_needs_a_mask_and_equal_rows_do_not(folder: Any) -> None:
     spec = _spec(folder("llama"), micro_batch_size=2)
     even, padded = (trace(spec, GPU, padded=padded) for padded in (False, True))
     assert padded.peak.parts["saved_activations"] > even.peak.parts["saved_activations"]
+
+
+def test_the_order_of_the_rows_decides_nothing(folder: Any) -> None:
+    fields = {"micro_batch_size": 2, "gradient_accumulation": 2, "density": 0.3, "method": "random"}
+    model = folder("llama")
+    assert len({trace(_spec(model, seed=seed, **fields), CPU).peak.total for seed in range(4)}) == 1
 
 
 def test_main_memory_is_apart_beside_a_gpu(folder: Any) -> None:

@@ -77,6 +77,7 @@ def _train(parts: Preflight) -> tuple[dict[str, Tensor], list[float]]:
         {"method": "spiel-ma", "period": 2, "estimation_steps": 1, "quantization": "nf4"},
         {"method": "lora"},
         {"method": "ia3", "chunked_loss": True},
+        {"method": "ia3", "quantization": "nf4"},
         {"method": "full", "dtype": "bfloat16", "gradient_checkpointing": True},
     ],
     ids=lambda fields: "-".join(str(value) for value in fields.values()),
