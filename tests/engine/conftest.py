@@ -1,9 +1,19 @@
 """Fixtures of the engine's tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+from engine.tracer import Tracer
+
+
+@pytest.fixture(scope="session")
+def tracer() -> Iterator[Tracer]:
+    """A tracer whose process all tests of the group `tracer` share."""
+    with Tracer() as asked:
+        yield asked
 
 
 @pytest.fixture

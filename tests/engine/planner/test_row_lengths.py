@@ -10,45 +10,43 @@ from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths, 
 from engine.spec import RunSpec
 from engine.tracer import Tracer
 
+pytestmark = pytest.mark.xdist_group("tracer")
 ROWS = [{"question": "How are you?", "answer": "Fine. " * number} for number in range(1, 41)]
 
 
 @pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
-    """A spec of the demo model over a file of forty rows, and an empty folder for what is found out."""
-    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+def spec(tmp_path: Path) -> RunSpec:
+    """A spec of the demo model over a file of forty rows."""
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, ROWS)))
     return RunSpec(model="demo", dataset=str(file), device="cpu", sequence_length=512)
 
 
-def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec) -> None:
+def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec, tracer: Tracer) -> None:
     assert known_lengths(spec) is None
-    with Tracer() as tracer:
-        found = tracer.count(spec)
-        assert found is not None
-        assert found.rows < len(ROWS)  # some are held out
-        assert found.mean < found.longest < 200
-        assert known_lengths(spec) == found
-        assert known_lengths(spec.model_copy(update={"learning_rate": 0.5})) == found
-        assert known_lengths(spec.model_copy(update={"sequence_length": 64})) is None
-        Path(spec.dataset or "").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
-        assert known_lengths(spec) is None
-        assert tracer.count(spec) == known_lengths(spec) != found
-        Path(spec.dataset or "").write_text("{")
-        assert tracer.count(spec) is None
-        assert "rows.jsonl" in why_uncounted(spec)
+    found = tracer.count(spec)
+    assert found is not None
+    assert found.rows < len(ROWS)  # some are held out
+    assert found.mean < found.longest < 200
+    assert known_lengths(spec) == found
+    assert known_lengths(spec.model_copy(update={"learning_rate": 0.5})) == found
+    assert known_lengths(spec.model_copy(update={"sequence_length": 64})) is None
+    Path(spec.dataset or "").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
+    assert known_lengths(spec) is None
+    assert tracer.count(spec) == known_lengths(spec) != found
+    Path(spec.dataset or "").write_text("{")
+    assert tracer.count(spec) is None
+    assert "rows.jsonl" in why_uncounted(spec)
 
 
-def test_of_very_many_rows_nobody_tries_twice(spec: RunSpec) -> None:
+def test_of_very_many_rows_nobody_tries_twice(spec: RunSpec, tracer: Tracer) -> None:
     file = Path(spec.dataset or "")
     file.write_text((json.dumps(ROWS[0]) + "\n") * 25_000)
-    with Tracer() as tracer:
-        assert tracer.count(spec) is None
-        assert why_uncounted(spec) == "There are more than 20,000."
-    tracer = Tracer()
     assert tracer.count(spec) is None
-    assert tracer._process is None  # nobody was asked
+    assert why_uncounted(spec) == "There are more than 20,000."
+    other = Tracer()
+    assert other.count(spec) is None
+    assert other._process is None  # nobody was asked
 
 
 def test_a_dataset_on_the_hub_is_not_fetched_to_be_counted(spec: RunSpec) -> None:
