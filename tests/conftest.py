@@ -1,33 +1,29 @@
-"""Fixtures shared by all tests: seeds, a tiny model, the folder of real data beside the project where there is one."""
+"""Fixtures shared by all tests: seeds, a tiny model, the folder of real data beside the project where there is one.
+
+They import the libraries themselves: the process that only hands out the tests would take five seconds for it.
+"""
 
 import json
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The models are tiny: more threads only wait for each other. Before torch is imported, and for processes begun here.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -45,7 +41,9 @@ def shared() -> Path:
     return SHARED
 
 
-def _llama(vocabulary: int, positions: int) -> LlamaForCausalLM:
+def _llama(vocabulary: int, positions: int) -> "LlamaForCausalLM":
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -60,7 +58,7 @@ def _llama(vocabulary: int, positions: int) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama() -> "LlamaForCausalLM":
     """A random Llama of two layers, 64 wide, 128 tokens, untied."""
     return _llama(128, 64)
 
@@ -68,6 +66,10 @@ def tiny_llama() -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama and a tokenizer of bytes with a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     specials = ["<|end|>", "<|user|>", "<|assistant|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -96,6 +98,11 @@ def encoder_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
     BERT's weights hold a pooler, RoBERTa's are those of its masked language model.
     """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+
     folder = tmp_path_factory.mktemp("encoders") / str(request.param)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "is", "it", "not", "the", "same", *COLOURS]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))

@@ -8,11 +8,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +25,9 @@ from engine.sparse.probe import GradientProbe
 from engine.sparse.spiel import Spiel
 from engine.spec import RunSpec
 from engine.targets import adapted_weights, is_feedforward, match_targets
+
+if TYPE_CHECKING:  # PEFT takes a second to import: only who has an adapter does
+    from peft import PeftConfig, PeftModel
 
 
 class _Baseline:
@@ -120,6 +121,8 @@ class AdapterTuning(_Baseline):
         Raises:
             TargetsError: there is no such layer.
         """
+        from peft import get_peft_model
+
         super().__init__(model, spec, without)
         config = _adapter_config(model, self._weights, spec)
         self._targets = {name: self._weights[name] for name in _adapted(self._weights, spec)}
@@ -131,6 +134,8 @@ class AdapterTuning(_Baseline):
 
     def detach(self) -> None:
         """Put the layers back that PEFT wrapped; its own `unload` refuses IA3 over 4 bit."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         model: Any = self._adapter.base_model.model
         for name, module in [*model.named_modules()]:
             if isinstance(module, BaseTunerLayer):
@@ -193,7 +198,7 @@ def move_gradient(master: nn.Parameter) -> Callable[[Tensor], None]:
     return move
 
 
-def keep_dtype_of_ia3(adapter: PeftModel) -> None:
+def keep_dtype_of_ia3(adapter: "PeftModel") -> None:
     """Let IA3 layers over a 4-bit base return the dtype that they were given.
 
     PEFT computes them in fp32 and leaves it to autocast to go back; without it keys and queries would not meet.
@@ -211,7 +216,9 @@ def _adapted(weights: Mapping[str, nn.Parameter | NF4Weight], spec: RunSpec) -> 
 
 def _adapter_config(
     model: PreTrainedModel, weights: Mapping[str, nn.Parameter | NF4Weight], spec: RunSpec
-) -> PeftConfig:
+) -> "PeftConfig":
+    from peft import IA3Config, LoraConfig
+
     layers = [name.removesuffix(".weight") for name in _adapted(weights, spec)]
     settings: dict[str, Any] = {
         # Without a task PEFT leaves the head alone, which is trained and saved beside the adapter.

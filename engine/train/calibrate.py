@@ -7,10 +7,11 @@ forms in a step, and how many operations a second the device does on a model of 
 import statistics
 from dataclasses import replace
 
+import peft  # noqa: F401
 import psutil
 import torch
 
-import engine.train.worker  # noqa: F401 - what a worker has loaded is part of what is measured
+import engine.train.worker  # noqa: F401 - what a worker has loaded is part of what is measured, for an adapter as well
 from engine.data.batches import prepare_data
 from engine.events import Event, Stepped
 from engine.hardware import Device, list_gpus, resolve_device

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -66,7 +65,7 @@ def merge_result(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if info.method == "full":
             _full(model, folder)
             return model
-        adapter: Any = PeftModel.from_pretrained(model, str(folder))
+        adapter: Any = _wrapped(model, folder)
         merged: PreTrainedModel = adapter.merge_and_unload()
         return merged
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -93,7 +92,7 @@ def _sparse(model: PreTrainedModel, folder: Path) -> Switch:
 
 
 def _adapter(model: PreTrainedModel, folder: Path) -> Switch:
-    adapter = PeftModel.from_pretrained(model, str(folder)).eval()
+    adapter = _wrapped(model, folder).eval()
     keep_dtype_of_ia3(adapter)
     layers: Any = adapter.base_model
 
@@ -104,6 +103,13 @@ def _adapter(model: PreTrainedModel, folder: Path) -> Switch:
             layers.disable_adapter_layers()
 
     return switch
+
+
+def _wrapped(model: PreTrainedModel, folder: Path) -> Any:
+    """Return `model` with the adapter in `folder` beside its layers, as PEFT puts it there."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 def _full(model: PreTrainedModel, folder: Path) -> Switch:

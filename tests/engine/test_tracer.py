@@ -1,7 +1,6 @@
 """Traces from a process of their own, kept on disk."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,15 @@ from engine.units import GIB
 
 CARD = Device("cuda:0", "a card of 24 GiB", 24 * GIB, 24 * GIB)
 CPU = Device("cpu", "CPU", 16 * GIB, 16 * GIB)
-pytestmark = pytest.mark.xdist_group("tracer")  # what the module shares is made once
-
-
-@pytest.fixture(scope="module")
-def tracer() -> Iterator[Tracer]:
-    asked = Tracer()
-    yield asked
-    asked.close()
+pytestmark = pytest.mark.xdist_group("tracer")
 
 
 @pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
-    """A spec of a small model, and an empty folder for what is traced."""
-    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+def spec(tmp_path: Path) -> RunSpec:
+    """A spec of a small model, whose config no other test has: what is traced is kept by config."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(**sizes, vocab_size=256, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
+    sizes |= {"vocab_size": 256, "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**sizes, written_for=str(tmp_path)).save_pretrained(tmp_path / "model")
     return RunSpec(model=str(tmp_path / "model"), sequence_length=128, gradient_accumulation=2)
 
 
@@ -66,7 +58,7 @@ def test_what_matters_decides_which_trace_it_is(spec: RunSpec) -> None:
 
 def test_a_damaged_file_is_no_trace(spec: RunSpec) -> None:
     path = trace_path(spec, CARD)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{")
     assert traced(spec, CARD) is None
 
@@ -92,16 +84,15 @@ def test_the_plan_of_an_unknown_family_reads_its_trace(spec: RunSpec) -> None:
     assert set(plan.parts) == set(plan.parts_after_forward) == set(guessed.parts)
 
 
-def test_neighbours_of_a_trace_are_near_theirs(spec: RunSpec) -> None:
+def test_neighbours_of_a_trace_are_near_theirs(spec: RunSpec, tracer: Tracer) -> None:
     """The family is taken for a Llama, until its code was traced once."""
     config = Path(spec.model) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "bloom", "n_head": 4, "n_layer": 2}))
     small = spec.model_copy(update={"device": "cpu", "sequence_length": 64})
     neighbour = small.model_copy(update={"density": 0.02, "gradient_checkpointing": True})
     guess = make_plan(neighbour).peak_bytes
-    with Tracer() as tracer:  # one that reads and writes where this test does
-        tracer.plan(small)
-        near, true = make_plan(neighbour), tracer.plan(neighbour)
+    tracer.plan(small)
+    near, true = make_plan(neighbour), tracer.plan(neighbour)
     assert (near.traced, true.traced) == (False, True)
     assert abs(near.peak_bytes - true.peak_bytes) < 0.5 * abs(guess - true.peak_bytes)
     with torch.device("meta"):
@@ -115,9 +106,9 @@ def _as_family(spec: RunSpec, family: str, **changes: object) -> RunSpec:
     return spec.model_copy(update={"device": "cpu"})
 
 
-def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
+def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec, tracer: Tracer) -> None:
     small = _as_family(spec, "jetmoe", num_local_experts=4)  # its routing hangs on numbers
-    plan = plan_by_trace(small)
+    plan = tracer.plan(small)
     assert not plan.traced
     assert "cannot be traced" in plan.note
     assert plan.peak_bytes == make_plan(small).peak_bytes
@@ -132,21 +123,20 @@ def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec) -> None:
     ],
 )
 def test_a_model_that_no_run_can_load_has_no_plan(
-    family: str, changes: dict[str, object], why: str, spec: RunSpec
+    family: str, changes: dict[str, object], why: str, spec: RunSpec, tracer: Tracer
 ) -> None:
     small = _as_family(spec, family, **changes)
-    for plan in (plan_by_trace, make_plan):  # the second knows it from the first
+    for plan in (tracer.plan, make_plan):  # the second knows it from the first
         with pytest.raises(ModelError, match=why):
             plan(small)
 
 
-def test_fit_and_largest_agree_with_the_plan_of_what_they_find(spec: RunSpec) -> None:
+def test_fit_and_largest_agree_with_the_plan_of_what_they_find(spec: RunSpec, tracer: Tracer) -> None:
     mamba = _as_family(spec, "mamba", state_size=8)  # no attention to take the training down to
     mamba = mamba.model_copy(update={"budget_gib": 1.0, "micro_batch_size": 64, "sequence_length": 512})
-    with Tracer() as tracer:
-        device = plan_device(mamba)
-        fit = tracer.fit(mamba, device)
-        assert (fit.plan.traced, fit.plan.verdict) == (True, "fits")
-        longest = tracer.largest("sequence_length", fit.spec, device)
-        assert longest >= fit.spec.sequence_length
-        assert tracer.plan(fit.spec.model_copy(update={"sequence_length": longest})).verdict == "fits"
+    device = plan_device(mamba)
+    fit = tracer.fit(mamba, device)
+    assert (fit.plan.traced, fit.plan.verdict) == (True, "fits")
+    longest = tracer.largest("sequence_length", fit.spec, device)
+    assert longest >= fit.spec.sequence_length
+    assert tracer.plan(fit.spec.model_copy(update={"sequence_length": longest})).verdict == "fits"

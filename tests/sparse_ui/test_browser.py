@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from engine import runs, workers
 from sparse_ui.form import WIDGETS
@@ -38,14 +38,34 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        opened = browser.new_page(viewport={"width": 1440, "height": 900})
-        opened.set_default_timeout(PATIENT_MS)
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened
-        browser.close()
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that remembers nothing of those before it."""
+    opened = browser.new_page(viewport={"width": 1440, "height": 900})
+    opened.set_default_timeout(PATIENT_MS)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of `address` lie."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """Where the app is found."""
+    with _served(folder) as where:
+        yield where
 
 
 @contextmanager
@@ -160,73 +180,67 @@ def _watch_reload_and_stop(page: Page, folder: Path) -> None:
         plot => Math.abs(plot.querySelector("{DRAWN}").getBoundingClientRect().width - plot.clientWidth) <= 1)""")
 
 
-def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: Page, tmp_path: Path) -> None:
-    with _served(tmp_path) as address:
-        page.goto(address)
-        page.get_by_text("The method in detail").click()
-        page.get_by_label("LoRA", exact=True).check()
-        expect(page.locator("#field-selection_micro_steps")).to_be_hidden()
-        page.get_by_label("SIFT", exact=True).check()
-        expect(page.locator("#field-selection_micro_steps input")).to_have_value("")
-        expect(page.locator("#plan .st-pill")).to_have_text("fits")
-        expect(page.locator("#field-magnitude")).to_be_hidden()
-        page.locator("#theme-toggle").click()
-        expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
-        page.reload()
-        expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_text("The method in detail").click()
+    page.get_by_label("LoRA", exact=True).check()
+    expect(page.locator("#field-selection_micro_steps")).to_be_hidden()
+    page.get_by_label("SIFT", exact=True).check()
+    expect(page.locator("#field-selection_micro_steps input")).to_have_value("")
+    expect(page.locator("#plan .st-pill")).to_have_text("fits")
+    expect(page.locator("#field-magnitude")).to_be_hidden()
+    page.locator("#theme-toggle").click()
+    expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+    page.reload()
+    expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
 
 
-def test_what_start_says_stays_though_the_plan_comes_later(page: Page, tmp_path: Path) -> None:
-    with _served(tmp_path) as address:
-        page.goto(address)
-        expect(page.locator("#plan .st-pill")).to_have_text("fits")
-        page.get_by_text("Training, schedule and evaluation").click()
-        rate = page.locator("#field-learning_rate input")
-        with _held(page, lambda event: len(event["data"]) == len(WIDGETS) + 1) as plans:  # of the form and a card
-            rate.fill("0.1")
-            rate.fill("-2")
-            page.locator("#start").click()
-            expect(page.locator("#start-said")).to_contain_text("got -2")
-            assert plans
-        expect(page.locator("#plan")).to_contain_text("got -2")
-        page.wait_for_timeout(1_000)
-        expect(page.locator("#start-said")).to_contain_text("got -2")
+def test_what_start_says_stays_though_the_plan_comes_later(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("#plan .st-pill")).to_have_text("fits")
+    page.get_by_text("Training, schedule and evaluation").click()
+    rate = page.locator("#field-learning_rate input")
+    with _held(page, lambda event: len(event["data"]) == len(WIDGETS) + 1) as plans:  # of the form and a card
         rate.fill("0.1")
-        expect(page.locator("#start-said")).not_to_contain_text("got -2")
+        rate.fill("-2")
+        page.locator("#start").click()
+        expect(page.locator("#start-said")).to_contain_text("got -2")
+        assert plans
+    expect(page.locator("#plan")).to_contain_text("got -2")
+    page.wait_for_timeout(1_000)
+    expect(page.locator("#start-said")).to_contain_text("got -2")
+    rate.fill("0.1")
+    expect(page.locator("#start-said")).not_to_contain_text("got -2")
 
 
-def test_a_family_that_no_formula_knows_is_traced_while_one_looks(
-    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+def test_a_family_that_no_formula_knows_is_traced_while_one_looks(page: Page, address: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}
     (tmp_path / "bloom").mkdir()
     (tmp_path / "bloom" / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
-    with _served(tmp_path / "runs") as address:
-        page.goto(address)
-        expect(page.locator("#plan .st-pill")).to_have_text("fits")
-        model = page.locator("#field-model input")
-        model.fill(str(tmp_path / "bloom"))
-        model.press("Enter")
-        expect(page.locator("#plan")).to_contain_text("exact figures come in a moment")
-        expect(page.locator("#plan")).to_contain_text("the figures are those of a trace of its code")
-        expect(page.locator("#plan")).not_to_contain_text("in a moment")
+    page.goto(address)
+    expect(page.locator("#plan .st-pill")).to_have_text("fits")
+    model = page.locator("#field-model input")
+    model.fill(str(tmp_path / "bloom"))
+    model.press("Enter")
+    expect(page.locator("#plan")).to_contain_text("exact figures come in a moment")
+    expect(page.locator("#plan")).to_contain_text("the figures are those of a trace of its code")
+    expect(page.locator("#plan")).not_to_contain_text("in a moment")
 
 
-def test_spiel_over_nf4_from_click_to_chat(page: Page, tmp_path: Path) -> None:
-    with _served(tmp_path) as address:
-        page.goto(address)
-        expect(page.locator("#plan .st-pill")).to_have_text("fits")  # the form is filled
-        page.get_by_label("SpIEL-AG").check()
-        expect(page.locator("#field-period")).to_be_visible()
-        page.get_by_label("NF4").check()
-        page.get_by_text("Training, schedule and evaluation").click()
-        page.locator("#field-max_steps input").fill("25")
-        page.locator("#field-exact_match_rows input").fill("0")
-        page.locator("#start").click()
-        expect(page.locator("#progress")).to_contain_text("Finished", timeout=2 * TRAIN_MS)
-        run = runs.list_runs(tmp_path)[0]
-        assert (runs.read_spec(run).method, runs.read_spec(run).quantization) == ("spiel-ag", "nf4")
-        assert runs.read_report(run)["steps"] == 25
-        _ask(page, "Where does a fox live?")
-        _expect_answers(page)
+def test_spiel_over_nf4_from_click_to_chat(page: Page, address: str, folder: Path) -> None:
+    page.goto(address)
+    expect(page.locator("#plan .st-pill")).to_have_text("fits")  # the form is filled
+    page.get_by_label("SpIEL-AG").check()
+    expect(page.locator("#field-period")).to_be_visible()
+    page.get_by_label("NF4").check()
+    page.get_by_text("Training, schedule and evaluation").click()
+    page.locator("#field-max_steps input").fill("25")
+    page.locator("#field-evaluation_rows input").fill("16")
+    page.locator("#field-exact_match_rows input").fill("0")
+    page.locator("#start").click()
+    expect(page.locator("#progress")).to_contain_text("Finished", timeout=2 * TRAIN_MS)
+    run = runs.list_runs(folder)[0]
+    assert (runs.read_spec(run).method, runs.read_spec(run).quantization) == ("spiel-ag", "nf4")
+    assert runs.read_report(run)["steps"] == 25
+    _ask(page, "Where does a fox live?")
+    _expect_answers(page)

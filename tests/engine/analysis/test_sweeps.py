@@ -169,6 +169,8 @@ def test_options_that_cannot_be_read_are_said(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked")
+@pytest.mark.xdist_group("forked")
 def test_real_runs_are_compared(
     model_folder: Path, dataset_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,48 +12,45 @@ from engine.spec import RunSpec
 from engine.tracer import Tracer
 from engine.workers import start_run
 
+pytestmark = pytest.mark.xdist_group("tracer")
 ROWS = [{"question": "How are you?", "answer": "Fine. " * number} for number in range(1, 41)]
 
 
 @pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
-    """A spec of the demo model over a file of forty rows, and an empty folder for what is found out."""
-    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "cache"))
+def spec(tmp_path: Path) -> RunSpec:
+    """A spec of the demo model over a file of forty rows."""
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, ROWS)))
     return RunSpec(model="demo", dataset=str(file), device="cpu", sequence_length=512)
 
 
-def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec) -> None:
+def test_rows_are_counted_once_and_again_when_the_file_changes(spec: RunSpec, tracer: Tracer) -> None:
     assert known_lengths(spec) is None
-    with Tracer() as tracer:
-        found = tracer.count(spec)
-        assert found is not None
-        assert found.rows < len(ROWS)  # some are held out
-        assert found.mean < found.longest < 200
-        assert known_lengths(spec) == found
-        assert known_lengths(spec.model_copy(update={"learning_rate": 0.5})) == found
-        assert known_lengths(spec.model_copy(update={"sequence_length": 64})) is None
-        Path(spec.dataset or "").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
-        assert known_lengths(spec) is None
-        assert tracer.count(spec) == known_lengths(spec) != found
+    found = tracer.count(spec)
+    assert found is not None
+    assert found.rows < len(ROWS)  # some are held out
+    assert found.mean < found.longest < 200
+    assert known_lengths(spec) == found
+    assert known_lengths(spec.model_copy(update={"learning_rate": 0.5})) == found
+    assert known_lengths(spec.model_copy(update={"sequence_length": 64})) is None
+    Path(spec.dataset or "").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
+    assert known_lengths(spec) is None
+    assert tracer.count(spec) == known_lengths(spec) != found
 
 
-def test_a_dataset_that_cannot_be_counted_is_not_tried_twice(spec: RunSpec) -> None:
+def test_a_dataset_that_cannot_be_counted_is_not_tried_twice(spec: RunSpec, tracer: Tracer) -> None:
     Path(spec.dataset or "").write_text("{")
-    with Tracer() as tracer:
-        assert tracer.count(spec) is None
-        assert "rows.jsonl" in why_uncounted(spec)
-    tracer = Tracer()
     assert tracer.count(spec) is None
-    assert tracer._process is None  # nobody was asked
+    assert "rows.jsonl" in why_uncounted(spec)
+    other = Tracer()
+    assert other.count(spec) is None
+    assert other._process is None  # nobody was asked
 
 
-def test_no_run_is_made_of_rows_that_are_known_to_be_too_long(spec: RunSpec, tmp_path: Path) -> None:
+def test_no_run_is_made_of_rows_that_are_known_to_be_too_long(spec: RunSpec, tracer: Tracer, tmp_path: Path) -> None:
     Path(spec.dataset or "").write_text(json.dumps({**ROWS[0], "question": "How are you? " * 20}))
     short = spec.model_copy(update={"sequence_length": 8, "output": str(tmp_path / "runs")})
-    with Tracer() as tracer:
-        assert tracer.count(short) is None
+    assert tracer.count(short) is None
     with pytest.raises(DatasetError, match=r"no row to train on: of 1 rows, too long 1\. Raise sequence_length\."):
         start_run(short)
     assert not (tmp_path / "runs").exists()

@@ -20,7 +20,11 @@ from engine.export import export_peft, merge
 from engine.runs import Run
 from engine.spec import RunSpec
 
-pytestmark = pytest.mark.parametrize("encoder_folder", ["bert"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("encoder_folder", ["bert"], indirect=True),
+    pytest.mark.usefixtures("forked"),
+    pytest.mark.xdist_group("forked"),
+]
 
 
 @pytest.fixture

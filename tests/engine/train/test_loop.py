@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from engine.data.batches import prepare_data
+from engine.data.batches import PreparedData, prepare_data
 from engine.errors import TrainingError
 from engine.events import Event, Probed, Selected, Stepped, Warned
 from engine.models import load_model, load_tokenizer
 from engine.sparse.attach import SparseTuning
 from engine.spec import RunSpec, choices
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from engine.train.control import NeverAsked
 from engine.train.loop import Trainer, learning_rate_at
 from engine.train.memory import MemoryMeter
 from engine.train.tuning import start_tuning
@@ -23,35 +25,36 @@ from engine.train.tuning import start_tuning
 Make = Callable[..., tuple[Trainer, list[Event]]]
 
 
-class _NeverAsked:
-    def stop_requested(self) -> bool:
-        return False
+@pytest.fixture(scope="module")
+def common(model_folder: Path, dataset_folder: Path) -> RunSpec:
+    values = {"density": 0.05, "learning_rate": 5e-3, "max_steps": 6, "sequence_length": 64, "probe_interval": 0}
+    return RunSpec(model=str(model_folder), dataset=str(dataset_folder), **values)
 
-    def checkpoint_requested(self) -> bool:
-        return False
+
+@pytest.fixture(scope="module")
+def prepared(common: RunSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+    """The tokenizer and the rows, which no test changes and no field that is tried here means."""
+    tokenizer = load_tokenizer(common)
+    return tokenizer, prepare_data(common, tokenizer)
 
 
 @pytest.fixture
-def make(model_folder: Path, dataset_folder: Path) -> Make:
+def make(common: RunSpec, prepared: tuple[PreTrainedTokenizerBase, PreparedData]) -> Make:
     def make_trainer(**fields: Any) -> tuple[Trainer, list[Event]]:
-        values = {"density": 0.05, "learning_rate": 5e-3, "max_steps": 6, "sequence_length": 64, "probe_interval": 0}
-        spec = RunSpec(model=str(model_folder), dataset=str(dataset_folder), **{**values, **fields})
+        spec = RunSpec(**{**common.model_dump(exclude_unset=True), **fields})
         device = torch.device("cpu")
-        tokenizer = load_tokenizer(spec)
         model = load_model(spec, device)
         model = model if spec.dtype == "bfloat16" else model.double()
         tuning = start_tuning(model, spec)
-        optimizer = tuning.make_optimizer()
         events: list[Event] = []
         trainer = Trainer(
             spec,
             model,
-            tokenizer,
-            prepare_data(spec, tokenizer),
+            *prepared,
             tuning,
-            optimizer,
+            tuning.make_optimizer(),
             events.append,
-            _NeverAsked(),
+            NeverAsked(),
             lambda _: None,
             MemoryMeter(device),
         )

@@ -39,6 +39,7 @@ from engine.train.tuning import start_tuning
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 120.0
+pytestmark = pytest.mark.xdist_group("forked")
 ROUNDING = 1e-6  # where sums are in fp32: values of about 0.02 came within 2e-8
 Folders = Mapping[str, Path]  # of the model, and of the rows of each task
 CASES: dict[str, dict[str, Any]] = {
@@ -142,9 +143,8 @@ def _enter(rank: int, port: int) -> None:
 
 
 def _start_two(work: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Start two processes that do `work`, from a server that has loaded the libraries once."""
+    """Start two processes that do `work`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine.train.worker", "bitsandbytes"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -196,7 +196,6 @@ def pair(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("pair")
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_do_what_one_does_with_twice_the_micro_batches(pair: Path, name: str, folders: Folders) -> None:
     """To the rounding of sums; the entries are the very same."""
@@ -210,7 +209,6 @@ def test_two_processes_do_what_one_does_with_twice_the_micro_batches(pair: Path,
             assert torch.equal(found[key], tensor), key
 
 
-@pytest.mark.xdist_group("pair")
 @pytest.mark.parametrize("name", CASES)
 def test_both_processes_hold_the_same_bits_and_go_on_to_them(pair: Path, name: str) -> None:
     first, *others = [

@@ -1,4 +1,8 @@
-"""Training in a process of its own: real workers on a tiny model, seen through the run folder."""
+"""Training in a process of its own: real workers on a tiny model, seen through the run folder.
+
+Most are forked from a server that has loaded the libraries once; the first test, and those of how a process is started
+and what it prints, start them as the program does.
+"""
 
 import os
 import signal
@@ -19,6 +23,8 @@ from engine.spec import RunSpec
 
 Start = Callable[..., Run]
 TIMEOUT_S = 90.0
+pytestmark = pytest.mark.xdist_group("forked")
+forked = pytest.mark.usefixtures("forked")
 
 
 @pytest.fixture
@@ -88,6 +94,7 @@ def test_run_goes_through_its_states_and_leaves_a_delta_and_a_report(make: Start
     assert (run.delta_path / "delta.safetensors").is_file()
 
 
+@forked
 def test_stopped_run_goes_on_to_the_same_bits_as_an_unbroken_one(make: Start) -> None:
     broken, whole = make(max_steps=60), make(max_steps=60)
     workers.start_worker(broken)
@@ -106,6 +113,7 @@ def test_stopped_run_goes_on_to_the_same_bits_as_an_unbroken_one(make: Start) ->
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@forked
 def test_killed_worker_reads_as_failed_and_can_be_resumed(make: Start) -> None:
     run = make(max_steps=40, checkpoint_interval=5)
     pid = workers.start_worker(run)
@@ -120,6 +128,7 @@ def test_killed_worker_reads_as_failed_and_can_be_resumed(make: Start) -> None:
     assert runs.read_report(run)["steps"] == 40
 
 
+@forked
 def test_second_run_waits_its_turn_and_can_be_stopped_while_it_waits(make: Start) -> None:
     first, second = make(max_steps=2000), make()
     workers.start_worker(first)
@@ -137,6 +146,7 @@ def test_second_run_waits_its_turn_and_can_be_stopped_while_it_waits(make: Start
     assert [runs.read_status(run).state for run in (first, second)] == ["stopped", "stopped"]
 
 
+@forked
 def test_stop_in_the_last_evaluation_leaves_a_run_that_can_go_on(make: Start) -> None:
     run = make(max_steps=3)
     workers.start_worker(run)
@@ -150,6 +160,7 @@ def test_stop_in_the_last_evaluation_leaves_a_run_that_can_go_on(make: Start) ->
     assert runs.read_report(run)["evaluation_loss"]["tuned"] is not None
 
 
+@forked
 def test_stop_before_the_first_step_keeps_no_half_figures(make: Start) -> None:
     run = make(max_steps=3)
     workers.start_worker(run)
@@ -172,6 +183,7 @@ def test_worker_that_does_not_begin_in_time_is_ended_and_said(make: Start, monke
     assert not runs.has_worker(run)
 
 
+@forked
 def test_failure_is_one_sentence_in_the_status(make: Start, tmp_path: Path) -> None:
     run = make(dataset=str(tmp_path / "missing.jsonl"))
     workers.start_worker(run)
@@ -182,6 +194,7 @@ def test_failure_is_one_sentence_in_the_status(make: Start, tmp_path: Path) -> N
     assert "Traceback" not in status.detail
 
 
+@forked
 def test_a_run_recomputes_as_its_first_session_did(make: Start) -> None:
     run = make(recompute="auto", max_steps=40, evaluation_interval=0)
     workers.start_worker(run)
@@ -196,6 +209,7 @@ def test_a_run_recomputes_as_its_first_session_did(make: Start) -> None:
     assert (plan["recompute"], plan["recompute_blocks"], runs.read_status(run).state) == ("mlp", 1, "finished")
 
 
+@forked
 @pytest.mark.parametrize("fields", [{"recompute": "mlp"}, {"recompute": "blocks", "recompute_blocks": 1}])
 def test_what_is_recomputed_changes_no_loss(make: Start, fields: dict[str, Any]) -> None:
     losses = []
