@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -113,6 +114,7 @@ def _is_worker(pid: int) -> bool:
     return words[1:3] == ["-m", "engine"] and words[3:4] in (["worker"], ["chat-worker"])
 
 
+@lru_cache(maxsize=1)
 def main_memory_bytes() -> int:
     """Return the size of this computer's main memory."""
     return int(psutil.virtual_memory().total)

@@ -69,7 +69,7 @@ def shared_saved_bytes(shape: ModelShape, setting: Setting) -> int:
     checkpointing they are freed after the forward.
     """
     e, square = setting.element_bytes, setting.rows * setting.length**2
-    windows = len({shape.layout.window(layer) for layer in range(shape.layers)})
+    windows = len(set(shape.windows))
     mask = {"eager": windows * e * square, "masked": square}.get(setting.kernel, 0) if setting.checkpointing else 0
     turned = int(shape.head_dim * shape.layout.rotary)
     return 2 * e * setting.length * turned * (setting.rows if setting.kernel == "masked" else 1) + mask

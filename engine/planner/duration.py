@@ -7,6 +7,7 @@ import math
 from functools import lru_cache
 
 from engine.planner.shape import ModelShape
+from engine.planner.target_sizes import TargetSizes
 from engine.planner.workload import Workload
 from engine.targets import is_linear, layer_number
 
@@ -29,7 +30,7 @@ def step_flops(work: Workload) -> float:
     attention = 4 * setting.length * shape.heads * shape.head_dim * _CAUSAL.get(setting.kernel, 1.0)
     forward = sum(2 * entries + attention for entries in matrices)
     reached = [2 * entries + 2 * attention for entries in matrices[work.lowest :]]
-    dense = 0 if work.adapted else 2 * _dense_entries(work)
+    dense = 0 if work.adapted else 2 * _dense_entries(shape, work.targets)
     adapters = 6 * work.num_active if work.adapted else 0
     recomputed = sum(_recomputed(work, layer, 2 * entries + attention) for layer, entries in enumerate(matrices))
     per_token = forward + recomputed + sum(reached) + 4 * head + dense + adapters
@@ -59,10 +60,10 @@ def _matrix_entries(shape: ModelShape) -> list[float]:
     return blocks
 
 
-def _dense_entries(work: Workload) -> float:
-    tensors = work.shape.tensors
+@lru_cache(maxsize=64)
+def _dense_entries(shape: ModelShape, targets: TargetSizes) -> float:
     return sum(
-        numel * _visited(work.shape, tensors[name])
-        for name, numel in work.numels.items()
-        if len(tensors[name]) > 1 and not (name == work.shape.embedding and not work.shape.tied)
+        numel * _visited(shape, shape.tensors[name])
+        for name, numel in targets.numels.items()
+        if len(shape.tensors[name]) > 1 and not (name == shape.embedding and not shape.tied)
     )

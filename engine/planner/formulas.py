@@ -5,6 +5,7 @@ replaced, a gradient, the optimizer's states. What comes and goes: activations (
 at a time, the write-back's temporaries, and what the selection reads.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 
@@ -160,8 +161,11 @@ def optimizer_states_bytes(
         return FP32_BYTES * accumulators
     states, numbers, _ = OPTIMIZERS[optimizer]
     taken: Callable[[int], int] = pinned_bytes if pinned else int
-    each = (_states_of(size, states, ages, eight_bit) for size in sizes)
-    return sum(sum(map(taken, tensors)) + (0 if ages else FP32_BYTES * numbers) for tensors in each)
+    number = 0 if ages else FP32_BYTES * numbers
+    return sum(
+        count * (sum(map(taken, _states_of(size, states, ages, eight_bit))) + number)
+        for size, count in Counter(sizes).items()
+    )
 
 
 def _states_of(size: int, states: int, ages: bool, eight_bit: bool) -> list[int]:

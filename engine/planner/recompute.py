@@ -13,6 +13,7 @@ it costs fewer multiplications a byte: 2 d f for 2 f numbers, against 4 d^2 + 3 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from engine.errors import InvalidSpecError, SpecProblem
@@ -50,6 +51,11 @@ def kept_by_block(spec: RunSpec, family: str, blocks: int) -> tuple[Kept, ...]:
     # The backward begins with the last block, while all others have what they kept: its gates may as well be there.
     recomputed = count if spec.recompute == "mlp" else blocks - 1 if spec.recompute == "blocks" else 0
     checkpointed = blocks if spec.gradient_checkpointing else count if spec.recompute == "blocks" else 0
+    return _kept(lean, recomputed, checkpointed, blocks)
+
+
+@lru_cache(maxsize=512)
+def _kept(lean: bool, recomputed: int, checkpointed: int, blocks: int) -> tuple[Kept, ...]:
     return tuple(
         # A block that is computed anew as a whole keeps its gates while it is there.
         Kept(lean, not lean or layer < checkpointed or layer >= recomputed, layer >= checkpointed)
@@ -97,14 +103,18 @@ def resolved(spec: RunSpec, family: str, blocks: int, fits: Callable[[RunSpec], 
         raise InvalidSpecError([SpecProblem("recompute_blocks", f"{said} Lower it, or leave it empty for all.")])
     if spec.recompute != "auto":
         return spec
-    steps = [
-        spec.model_copy(update={"recompute": level, "recompute_blocks": count})
-        for level, count in choices(spec, family, blocks)
-    ]
+    steps = [*choices(spec, family, blocks)]
+
+    def taken(place: int) -> RunSpec:
+        level, count = steps[place]
+        return spec.model_copy(update={"recompute": level, "recompute_blocks": count})
+
     low, high = 0, len(steps) - 1
-    if fits(steps[0]):  # what most runs do
-        return steps[0]
+    if fits(taken(low)):  # what most runs do
+        return taken(low)
+    if not fits(taken(high)):
+        return taken(high)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(steps[middle]) else (middle + 1, high)
-    return steps[low]
+        low, high = (low, middle) if fits(taken(middle)) else (middle + 1, high)
+    return taken(low)

@@ -94,6 +94,11 @@ class ModelShape:
         return min(places, self.positions or places) - before
 
     @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far each block sees, in tokens; None: all the row."""
+        return tuple(map(self.layout.window, range(self.layers)))
+
+    @cached_property
     def blocks(self) -> tuple[Mapping[str, str], ...]:
         """The parameters of each block: their name inside it, without `.weight`, to their name."""
         blocks: list[dict[str, str]] = [{} for _ in range(self.layers)]

@@ -4,16 +4,20 @@ The stretches are written as tapes (`blocks.py`), like blocks once; here their f
 backward, while the gradients of what is trained come up and activations go.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
 from engine.planner import activations, output_layer
-from engine.planner.blocks import Segment, block_segment, head_segment
+from engine.planner.activations import Kernel
+from engine.planner.blocks import Segment, Weights, block_segment, head_segment
 from engine.planner.encoders import is_pooler
 from engine.planner.formulas import FP32_BYTES, INT64_BYTES
 from engine.planner.label_head import head_gradient, label_segment
 from engine.planner.layouts import is_embedding, is_last_norm
 from engine.planner.operations import LinearWeight
+from engine.planner.recompute import Kept
 from engine.planner.tape import Weight
 from engine.planner.weights import Basis, Taking, taken_by
 from engine.planner.workload import Workload
@@ -42,6 +46,21 @@ class Moment:
         return replace(self, without=without)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Blocks that are alike and follow one another in the backward.
+
+    `count`: of them; `segment`: each. `kept`: what one keeps between forward and backward. `left`: what it leaves of
+    gradients. `again`: whether it is computed anew.
+    """
+
+    segment: Segment
+    count: int
+    kept: int
+    left: int
+    again: bool
+
+
 class Pass:
     """Forward and backward of one micro-batch: what is kept, and the moments of the backward."""
 
@@ -56,10 +75,9 @@ class Pass:
         self._work, self._taking, self._extra = work, taking, extra
         self._first = taking == "choosing" or work.spec.gradient_accumulation == 1
         self._taken = taken_by(Basis(work, taking, self._first))
-        self._weights = self._taken.trained
         self._coming = self._coming_parts()
         self._head = self._head_segment()
-        self._segments = self._blocks()
+        self._runs = self._blocks()
 
     def _coming_parts(self) -> dict[str, int]:
         """Return what the backward leaves of the resident parts, each in whole."""
@@ -76,20 +94,27 @@ class Pass:
             parts["values"] = work.kept_bytes(count)
         return parts
 
-    def _blocks(self) -> list[Segment]:
+    def _blocks(self) -> list[_Run]:
         """Return the blocks that a gradient reaches, from the last to the first."""
-        work, segments = self._work, []
-        known: dict[tuple[object, ...], Segment] = {}  # by identity of the weights: cheaper than their hash
+        work, taken, runs = self._work, self._taken, list[_Run]()
+        lowest, enters = work.lowest, work.enters_blocks
+
+        def kind(layer: int) -> tuple[Weights, Kernel, Kept, bool, int]:
+            entered = enters or layer > lowest
+            return taken.blocks[layer], work.kernels[layer], work.kept[layer], entered, taken.left[layer]
+
         buffer = 0 if self._head is None else self._head.backward.buffer
-        for layer in range(work.shape.layers - 1, work.lowest - 1, -1):
-            weights, kernel, kept = self._taken.blocks[layer], work.kernels[layer], work.kept[layer]
-            entered = layer > work.lowest or work.enters_blocks
-            like = (id(weights), kernel, kept, entered, buffer)
-            if like not in known:
-                known[like] = block_segment(work.shape, work.setting, kernel, weights, kept, entered, buffer)
-            buffer = known[like].backward.buffer
-            segments.append(known[like])
-        return segments
+        for (weights, kernel, kept, entered, left), alike in groupby(
+            range(work.shape.layers - 1, lowest - 1, -1), kind
+        ):
+            count = len([*alike])
+            while count:
+                segment = block_segment(work.shape, work.setting, kernel, weights, kept, entered, buffer)
+                same = count if segment.backward.buffer == buffer else 1
+                left = segment.backward.staying if work.adapted else left
+                runs.append(_Run(segment, same, self._kept_of(kept, segment), left, not kept.inside))
+                buffer, count = segment.backward.buffer, count - same
+        return runs
 
     def _head_segment(self) -> Segment | None:
         work = self._work
@@ -113,7 +138,7 @@ class Pass:
             weights.pop("head", None)
         elif self._ties:
             # The dense gradient of a tied output layer waits for the embedding's.
-            dense = self._weights[work.shape.head or ""].dense
+            dense = self._taken.outside[work.shape.head or ""].dense
             weights["head"] = LinearWeight(0, trained=Weight(dense, 0, dense))
         return head_segment(work.shape, work.setting, tuple(weights.items()), self._flows, not work.chunks_loss)
 
@@ -132,19 +157,13 @@ class Pass:
         """What the blocks and what they share keep between forward and backward."""
         work, setting = self._work, self._work.setting
         shared = activations.shared_saved_bytes(work.shape, setting) + self._embedding_saved()
-        return shared + sum(self._kept_of(layer, segment) for layer, segment in self._by_layer())
+        return shared + sum(run.count * run.kept for run in self._runs)
 
-    def _by_layer(self) -> Iterator[tuple[int, Segment]]:
-        """Yield the blocks that a gradient reaches, from the last to the first, with their numbers."""
-        last = self._work.shape.layers - 1
-        return ((last - place, segment) for place, segment in enumerate(self._segments))
-
-    def _kept_of(self, layer: int, segment: Segment) -> int:
+    def _kept_of(self, kept: Kept, segment: Segment) -> int:
         """Return what a block keeps between forward and backward: its input at most, where it is computed anew."""
-        work = self._work
-        if work.kept[layer].inside:
+        if kept.inside:
             return segment.saved
-        return 0 if work.offloads_inputs else work.block_input_bytes
+        return 0 if self._work.offloads_inputs else self._work.block_input_bytes
 
     def _embedding_saved(self) -> int:
         """Return what lies before the blocks, where a gradient gets there.
@@ -176,18 +195,20 @@ class Pass:
             walk.at("loss", activations.loss_transient_bytes(shape.vocabulary, work.predictions))
             walk.moving = e * work.predictions * shape.vocabulary
         if self._head is not None:
-            waiting = self._weights[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
+            waiting = self._taken.outside[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
             walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
-        for layer, segment in self._by_layer():
-            kept, again = self._kept_of(layer, segment), not work.kept[layer].inside
-            brought = work.block_input_bytes if again and work.offloads_inputs else 0
-            walk.moving += brought
-            walk.over("backward of one block", segment, kept, again=again)
-            walk.moving -= brought
-            walk.stay(self._left_of(layer) - segment.backward.staying)
+        for run in self._runs:
+            walk.repeat(run.count, partial(self._block, walk, run))
         if work.trains_embedding:
             self._embedding(walk)
         return walk.moments
+
+    def _block(self, walk: "_Walk", run: _Run) -> None:
+        brought = self._work.block_input_bytes if run.again and self._work.offloads_inputs else 0
+        walk.moving += brought
+        walk.over("backward of one block", run.segment, run.kept, again=run.again)
+        walk.moving -= brought
+        walk.stay(run.left - run.segment.backward.staying)
 
     def _chunked_loss(self, walk: "_Walk") -> None:
         """The loss in chunks: what its forward leaves, scaled in the backward; a trained layer's gradient in 16 bit."""
@@ -195,7 +216,7 @@ class Pass:
         saved = output_layer.chunked_saved_bytes(shape, setting, work.trains_head)
         forward = output_layer.chunked_forward_bytes(shape, setting, work.trains_head)
         backward = output_layer.chunked_backward_bytes(shape, setting)
-        weight = self._weights.get(shape.head or "")
+        weight = self._taken.outside.get(shape.head or "")
         walk.moving = setting.element_bytes * setting.tokens * shape.hidden
         if weight is None:
             walk.at("loss", saved + max(forward, backward))
@@ -208,19 +229,13 @@ class Pass:
             walk.at("backward of the output layer", walk.moving + weight.dense + weight.reading)
             walk.stay(weight.staying)
 
-    def _left_of(self, layer: int) -> int:
-        """Return what the trained weights of a block leave, biases and others that no operation names included."""
-        if self._work.adapted:
-            return self._segments[self._work.shape.layers - 1 - layer].backward.staying
-        return self._taken.left[layer]
-
     def _embedding(self, walk: "_Walk") -> None:
         """The embedding's dense gradient; a tied output layer's is summed into it, out of place."""
         work = self._work
         walk.saved -= self._embedding_saved()
         for name in reversed([*work.numels]):
             if is_embedding(name):
-                weight = self._weights[name]
+                weight = self._taken.outside[name]
                 sorting = 0 if work.on_cpu else 5 * INT64_BYTES * work.setting.tokens
                 tied = weight.dense if self._ties and name == work.shape.embedding else 0
                 walk.at("backward of the embedding", walk.moving + max(weight.dense + sorting, weight.dense + tied))
@@ -262,6 +277,17 @@ class _Walk:
         self.saved -= kept
         self.stay(segment.backward.staying - waiting)
         self.moving -= segment.backward.staying - waiting
+
+    def repeat(self, times: int, stretch: Callable[[], None]) -> None:
+        """Go over as many equal stretches: each changes every figure alike, so the first or the last holds the most."""
+        before = self.saved, self.moving, self._left
+        stretch()
+        if times > 2:
+            changed = [now - then for now, then in zip((self.saved, self.moving, self._left), before, strict=True)]
+            saved, moving, left = ((times - 2) * each for each in changed)
+            self.saved, self.moving, self._left = self.saved + saved, self.moving + moving, self._left + left
+        if times > 1:
+            stretch()
 
     def stay(self, num_bytes: int) -> None:
         """Note what is left of gradients."""

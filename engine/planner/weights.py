@@ -12,7 +12,6 @@ from engine.planner.formulas import FP32_BYTES
 from engine.planner.operations import LinearWeight
 from engine.planner.tape import Weight
 from engine.planner.workload import Workload
-from engine.targets import layer_number
 
 Taking = Literal["gathering", "choosing"]
 """What becomes of dense gradients: the entries' are gathered, or the entries are chosen by them."""
@@ -45,11 +44,10 @@ class Basis:
 class Taken:
     """What the weights of a model take and leave.
 
-    `trained`: of each target that is no adapter's. `outside`: of those outside the blocks. `blocks`: the weights of
-    each block. `left`: what each block leaves, biases and others that no operation names included.
+    `outside`: of each target outside the blocks that is no adapter's. `blocks`: the weights of each block. `left`: what
+    each block leaves, biases and others that no operation names included.
     """
 
-    trained: Mapping[str, Weight]
     outside: Mapping[str, Weight]
     blocks: tuple[Weights, ...]
     left: tuple[int, ...]
@@ -58,18 +56,19 @@ class Taken:
 @lru_cache(maxsize=16)
 def taken_by(basis: Basis) -> Taken:
     """Return what the weights take; the same object for an equal basis."""
-    work, first = basis.work, basis.first
-    names = () if work.adapted else work.numels
-    trained = {name: _weight(work, name, basis.taking, first) for name in names}
-    blocks = [
-        tuple((inside, _linear(work, name, trained.get(name), first)) for inside, name in block.items())
-        for block in work.shape.blocks
-    ]
-    alike: dict[Weights, Weights] = {}  # one object for all blocks that are alike
-    blocks = [alike.setdefault(block, block) for block in blocks]
-    left = [sum(trained[name].staying for name in block.values() if name in trained) for block in work.shape.blocks]
-    outside = {name: weight for name, weight in trained.items() if layer_number(name) is None}
-    return Taken(trained, outside, tuple(blocks), tuple(left))
+    work, first, alike = basis.work, basis.first, basis.work.targets.alike
+    trains = () if work.adapted else work.numels
+    weights: dict[int, Weights] = {}
+    left: dict[int, int] = {}
+    for layer in set(alike):
+        block = work.shape.blocks[layer]
+        trained = {name: _weight(work, name, basis.taking, first) for name in block.values() if name in trains}
+        weights[layer] = tuple(
+            (inside, _linear(work, name, trained.get(name), first)) for inside, name in block.items()
+        )
+        left[layer] = sum(weight.staying for weight in trained.values())
+    outside = {name: _weight(work, name, basis.taking, first) for name in work.targets.outside if name in trains}
+    return Taken(outside, tuple(weights[layer] for layer in alike), tuple(left[layer] for layer in alike))
 
 
 def _weight(work: Workload, name: str, taking: Taking, first: bool) -> Weight:

@@ -1,41 +1,29 @@
 """A spec made concrete for the planner: the micro-batch, the targets, how many entries of each are trained."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cached_property
 
 from engine.hardware import Device, selection_memory_bytes
 from engine.planner import activations, formulas
 from engine.planner.activations import FP32_BYTES, Kernel, Setting
-from engine.planner.encoders import is_pooler
-from engine.planner.layouts import is_embedding
 from engine.planner.output_layer import CHUNKED_FAMILIES
 from engine.planner.recompute import Kept, kept_by_block
-from engine.planner.shape import ModelShape, target_tensors
+from engine.planner.shape import ModelShape
+from engine.planner.target_sizes import (
+    TargetSizes,
+    indices_bytes,
+    num_active,
+    quantised_weights,
+    sizes_of,
+    stored_in_nf4,
+    widths_of,
+)
 from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.spec_rules import entries_move, optimizer_of
-from engine.targets import adapted_weights, adapter_numel, is_linear_layer, layer_number, num_active_of
+from engine.targets import adapter_numel
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class TargetSizes:
-    """The targets of a spec: entries of each, and the largest.
-
-    `accumulators`: rows and columns of all targets, each seen as a matrix whose columns are its last dimension.
-    `lowest`: the first block that a gradient reaches; there is none above the last one. `embedding`: whether one of
-    tokens or positions is among them. `functions`: names of plain linear layers.
-    """
-
-    numels: Mapping[str, int]
-    largest: str
-    accumulators: int
-    lowest: int
-    embedding: bool
-    functions: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +68,7 @@ class Workload:
         """Whether adapters are trained beside the targets."""
         return self.spec.method in ("lora", "ia3")
 
-    @property
+    @cached_property
     def num_active(self) -> int:
         """Trained entries over all targets."""
         return sum(self.active.values())
@@ -130,7 +118,7 @@ class Workload:
             return values
         return settled + self.kept_bytes(self.num_active) + (0 if self._split else values)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Trained entries of each tensor that the optimizer sees: of lora, two matrices a target."""
         if self.spec.method == "lora":
@@ -138,7 +126,7 @@ class Workload:
             return tuple(self.spec.lora_rank * side for shape in shapes for side in shape)
         return tuple(self.active.values())
 
-    @property
+    @cached_property
     def states_bytes(self) -> int:
         """The optimizer's states, wherever they are kept."""
         return self._states_of(self.sizes)
@@ -230,18 +218,18 @@ class Workload:
             pinned=pinned,
         )
 
-    @property
+    @cached_property
     def indices_bytes(self) -> int:
         """The positions of the values; a baseline has none."""
         if self.spec.method in BASELINES:
             return 0
-        return self.indices_of(self.numels)
+        spec = self.spec
+        return indices_bytes(self.shape, self.targets, spec.density, spec.num_trainable, self.compact)
 
     def indices_of(self, names: Iterable[str]) -> int:
         """Return the positions of the entries of some targets."""
         active = {name: self.active[name] for name in names}
-        widths = {name: self.shape.tensors[name][-1] for name in active} if self.compact else None
-        return formulas.indices_bytes(self.numels, active, widths)
+        return formulas.indices_bytes(self.numels, active, widths_of(self.shape, active) if self.compact else None)
 
     def placed_bytes(self, name: str) -> int:
         """Return what the chosen entries of one target take from then on: positions, and what `kept_bytes` says."""
@@ -301,8 +289,7 @@ class Workload:
     @property
     def parameters_bytes(self) -> int:
         """The frozen base, as it is stored."""
-        dense = self.shape.num_parameters - sum(self.quantised.values())
-        stored = sum(formulas.quantised_bytes(numel) for numel in self.quantised.values())
+        dense, stored = stored_in_nf4(self.shape) if self.quantised else (self.shape.num_parameters, 0)
         return formulas.parameters_bytes(dense, self.setting.element_bytes) + stored
 
 
@@ -318,45 +305,27 @@ def build_workload(spec: RunSpec, shape: ModelShape, device: Device) -> Workload
         TargetsError: `targets` match no weight.
     """
     e, rows, length = ELEMENT_BYTES[dtype_of(spec, device)], spec.micro_batch_size, spec.sequence_length
-    kernels = tuple(
-        activations.choose_kernel(shape, spec.attention, e, rows, length, device.is_cpu, device.sm, window=window)
-        for window in map(shape.layout.window, range(shape.layers))
-    )
+    kernel_of = {
+        window: activations.choose_kernel(
+            shape, spec.attention, e, rows, length, device.is_cpu, device.sm, window=window
+        )
+        for window in set(shape.windows)
+    }
+    kernels = tuple(map(kernel_of.__getitem__, shape.windows))
     masked = next((kernel for kernel in kernels if kernel == "masked"), kernels[0])
     kept = kept_by_block(spec, shape.family, shape.layers)
     setting = Setting(rows, length, e, masked, any(not each.inside for each in kept), device.is_cpu)
-    targets = _sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None)
-    active = _active(spec, shape, targets.numels)
-    quantised = _quantised(shape) if spec.quantization == "nf4" else {}
+    targets = sizes_of(shape, spec.targets, spec.method if spec.method in ("lora", "ia3") else None)
+    active = _active(spec, shape, targets)
+    quantised = quantised_weights(shape) if spec.quantization == "nf4" else {}
     return Workload(spec, shape, setting, device.is_cpu, targets, active, quantised, kernels, kept)
 
 
-def _active(spec: RunSpec, shape: ModelShape, numels: Mapping[str, int]) -> Mapping[str, int]:
+def _active(spec: RunSpec, shape: ModelShape, targets: TargetSizes) -> Mapping[str, int]:
     """Return the trained entries of each target, those of the adapter beside it where there is one."""
+    numels = targets.numels
     if spec.method == "full":
         return numels
     if spec.method == "lora" or spec.method == "ia3":
         return {name: adapter_numel(name, shape.tensors[name], spec.method, spec.lora_rank) for name in numels}
-    return num_active_of(numels, spec.density, spec.num_trainable)
-
-
-@lru_cache(maxsize=16)
-def _quantised(shape: ModelShape) -> Mapping[str, int]:
-    """Return the entries of each weight that bitsandbytes quantises: linear layers, BERT's pooler, no experts."""
-    stored = {name: sizes for name, sizes in shape.tensors.items() if is_linear_layer(name, sizes) or is_pooler(name)}
-    return {name: math.prod(sizes) for name, sizes in stored.items()}
-
-
-@lru_cache(maxsize=64)
-def _sizes_of(shape: ModelShape, targets: str | tuple[str, ...], adapter: Literal["lora", "ia3"] | None) -> TargetSizes:
-    tensors = target_tensors(shape, targets)
-    if adapter:
-        tensors = {name: shape.tensors[name] for name in adapted_weights(shape.tensors, targets, adapter)}
-    numels = {name: math.prod(sizes) for name, sizes in tensors.items()}
-    accumulators = sum(numels[name] // sizes[-1] + sizes[-1] for name, sizes in tensors.items())
-    layers = [layer for name in numels if (layer := layer_number(name)) is not None]
-    embedding = any(is_embedding(name) for name in numels)
-    lowest = 0 if embedding else min(layers, default=shape.layers)
-    plain = () if shape.layout.transposed else (name for name, sizes in tensors.items() if is_linear_layer(name, sizes))
-    largest = max(reversed([*numels]), key=lambda name: numels[name])
-    return TargetSizes(numels, largest, accumulators, lowest, embedding, frozenset(plain))
+    return num_active(targets, spec.density, spec.num_trainable)
