@@ -111,9 +111,17 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     Raises:
         TargetsError: `targets` match no weight.
     """
-    spec = recompute.resolved(
-        spec, shape.family, shape.layers, lambda each: estimate(each, shape, device).verdict == "fits"
-    )
+    tried: dict[tuple[str, int | None], Plan] = {}
+
+    def fits(step: RunSpec) -> bool:
+        plan = tried[step.recompute, step.recompute_blocks] = estimate(step, shape, device)
+        return plan.verdict == "fits"
+
+    spec = recompute.resolved(spec, shape.family, shape.layers, fits)
+    return tried.get((spec.recompute, spec.recompute_blocks)) or _estimate(spec, shape, device)
+
+
+def _estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     work = build_workload(spec, shape, device)
     resident = _resident(work)
     moment = max(run_moments(work), key=lambda each: each.total)

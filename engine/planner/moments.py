@@ -1,10 +1,10 @@
 """The moments of a run that may be its peak: loss, backward of a block, optimizer step, selection of entries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.planner import activations, formulas, output_layer
-from engine.planner.steps import Moment, Pass
+from engine.planner.steps import Moment, pass_of
 from engine.planner.workload import Workload
 from engine.spec import BASELINES, SPIEL_METHODS
 from engine.spec_rules import entries_move
@@ -15,7 +15,7 @@ __all__ = ["Moment", "after_forward_bytes", "host_bytes", "run_moments"]
 def run_moments(work: Workload) -> list[Moment]:
     """Return every moment that may be the peak."""
     e, spec = work.setting.element_bytes, work.spec
-    moments = Pass(work, "gathering").moments()
+    moments = pass_of(work, "gathering").moments()
     if work.exchanged_bytes:
         moments.append(Moment("exchange of gradients", 0, work.exchanged_bytes, {}))
     if spec.method in BASELINES:
@@ -40,7 +40,7 @@ def _replacing_bytes(work: Workload) -> int:
 
 def after_forward_bytes(work: Workload) -> int:
     """Return what blocks, last norm and loss keep at the end of a forward; the logits are dropped."""
-    kept = Pass(work, "gathering")
+    kept = pass_of(work, "gathering")
     if work.chunks_loss:
         loss = output_layer.chunked_saved_bytes(work.shape, work.setting, work.trains_head)
     else:
@@ -61,18 +61,25 @@ def selection_moments(work: Workload) -> list[Moment]:
         drawn = 2 * e * numel + formulas.topk_bytes(numel, count, e) + together
         return [Moment("selection", 0, drawn, unseeded)]
     if work.selection_micro_steps == 1:
-        unsummed = {"gradients": work.candidate_sums_bytes}
-        steps = [moment.less(unsummed) for moment in Pass(work, "choosing", together).moments()]
+        steps = pass_of(work, "choosing").moments(together)
+        if method == "spiel-ag":
+            steps = [_without(moment, {"gradients": work.candidate_sums_bytes}) for moment in steps]
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
         steps = [_chosen_by_sums(work, together)]
         if work.on_cpu:
-            gathering, missing = Pass(work, "gathering", work.summed_bytes).moments(), _unchosen(work, [*work.numels])
+            gathering, missing = pass_of(work, "gathering").moments(work.summed_bytes), _unchosen(work, [*work.numels])
             steps += [replace(step, without={**missing, **step.without}) for step in gathering]
     # Those who choose again do so beside the states; the others once, before there are any.
     again = method == "spiel-ag" or work.spec.reselection_period is not None
     without = {} if again else unseeded
-    return [replace(step.less(without), phase="selection") for step in steps]
+    return [_without(step, without) for step in steps]
+
+
+def _without(step: Moment, parts: Mapping[str, int]) -> Moment:
+    """Return a moment of a selection, without these bytes of the resident parts as well."""
+    missing = {name: step.without.get(name, 0) + parts.get(name, 0) for name in {**step.without, **parts}}
+    return Moment("selection", step.saved, step.transient, missing)
 
 
 def _chosen_by_sums(work: Workload, together: int) -> Moment:

@@ -38,6 +38,9 @@ class Kept:
     inside: bool = True
 
 
+_KEPT = lru_cache(maxsize=None)(Kept)  # few; the same ones are quick to compare
+
+
 def kept_by_block(spec: RunSpec, family: str, blocks: int) -> tuple[Kept, ...]:
     """Return what each block keeps; `spec.recompute` is not auto.
 
@@ -58,7 +61,7 @@ def kept_by_block(spec: RunSpec, family: str, blocks: int) -> tuple[Kept, ...]:
 def _kept(lean: bool, recomputed: int, checkpointed: int, blocks: int) -> tuple[Kept, ...]:
     return tuple(
         # A block that is computed anew as a whole keeps its gates while it is there.
-        Kept(lean, not lean or layer < checkpointed or layer >= recomputed, layer >= checkpointed)
+        _KEPT(lean, not lean or layer < checkpointed or layer >= recomputed, layer >= checkpointed)
         for layer in range(blocks)
     )
 

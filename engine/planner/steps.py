@@ -5,13 +5,12 @@ backward, while the gradients of what is trained come up and activations go.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import groupby
 
 from engine.planner import activations, output_layer
-from engine.planner.activations import Kernel
-from engine.planner.blocks import Segment, Weights, block_segment, head_segment
+from engine.planner.blocks import Segment, block_segment, head_segment
 from engine.planner.encoders import is_pooler
 from engine.planner.formulas import FP32_BYTES, INT64_BYTES
 from engine.planner.label_head import head_gradient, label_segment
@@ -40,10 +39,11 @@ class Moment:
         """Bytes beyond the resident terms."""
         return self.saved + self.transient - sum(self.without.values())
 
-    def less(self, parts: Mapping[str, int]) -> "Moment":
-        """Return the moment without these bytes of the resident parts as well."""
-        without = {name: self.without.get(name, 0) + parts.get(name, 0) for name in (*self.without, *parts)}
-        return replace(self, without=without)
+
+@lru_cache(maxsize=4)
+def pass_of(work: Workload, taking: Taking) -> "Pass":
+    """Return a pass, the same for those who ask one after the other."""
+    return Pass(work, taking)
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,14 @@ class _Run:
 class Pass:
     """Forward and backward of one micro-batch: what is kept, and the moments of the backward."""
 
-    def __init__(self, work: Workload, taking: Taking, extra: int = 0) -> None:
+    def __init__(self, work: Workload, taking: Taking) -> None:
         """Add up a workload.
 
         Args:
             work: what runs.
             taking: what becomes of dense gradients: the entries' are gathered, or the entries are chosen by them.
-            extra: what else lies in memory meanwhile.
         """
-        self._work, self._taking, self._extra = work, taking, extra
+        self._work, self._taking = work, taking
         self._first = taking == "choosing" or work.spec.gradient_accumulation == 1
         self._taken = taken_by(Basis(work, taking, self._first))
         self._coming = self._coming_parts()
@@ -98,15 +97,10 @@ class Pass:
         """Return the blocks that a gradient reaches, from the last to the first."""
         work, taken, runs = self._work, self._taken, list[_Run]()
         lowest, enters = work.lowest, work.enters_blocks
-
-        def kind(layer: int) -> tuple[Weights, Kernel, Kept, bool, int]:
-            entered = enters or layer > lowest
-            return taken.blocks[layer], work.kernels[layer], work.kept[layer], entered, taken.left[layer]
-
+        reached = (each[lowest:] for each in (taken.blocks, work.kernels, work.kept, taken.left))
+        kinds = zip(*reached, (enters or layer > lowest for layer in range(lowest, work.shape.layers)), strict=True)
         buffer = 0 if self._head is None else self._head.backward.buffer
-        for (weights, kernel, kept, entered, left), alike in groupby(
-            range(work.shape.layers - 1, lowest - 1, -1), kind
-        ):
+        for (weights, kernel, kept, left, entered), alike in groupby(reversed([*kinds])):
             count = len([*alike])
             while count:
                 segment = block_segment(work.shape, work.setting, kernel, weights, kept, entered, buffer)
@@ -184,11 +178,14 @@ class Pass:
         """What the last norm and the output layer keep."""
         return 0 if self._head is None else self._head.saved
 
-    def moments(self) -> list[Moment]:
-        """Return the loss, the output layer's backward, and that of each block and of the embedding."""
+    def moments(self, extra: int = 0) -> list[Moment]:
+        """Return the loss, the output layer's backward, and that of each block and of the embedding.
+
+        `extra`: bytes of what else lies in memory meanwhile.
+        """
         work, setting = self._work, self._work.setting
         shape, e = work.shape, setting.element_bytes
-        walk = _Walk(self.blocks_saved + self.head_saved, self._coming, self._extra)
+        walk = _Walk(self.blocks_saved + self.head_saved, self._coming, extra)
         if work.chunks_loss:
             self._chunked_loss(walk)
         else:
