@@ -6,6 +6,7 @@ reserved: what the caching allocator takes for a step and the least limit under 
 sift: Table 1 of arXiv:2312.11875, under the paper's accounting, and beside it the true peak of this program's step.
 spiel: Table 3 of arXiv:2401.16405, the least limit at which its code succeeds.
 peft: what PEFT's comparison of methods reserved on an L40S; `published_peft.py` says how.
+patience: how long a person waits: for a plan with its remedies while a slider moves, Fit to budget and a trace.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import shutil
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,17 +27,22 @@ from benchmarks import planner_formulas, published_peft
 from benchmarks.published_spiel import cells, least_gib
 from engine.hardware import Device
 from engine.models import load_model
+from engine.planner.cards import card_device
 from engine.planner.estimate import estimate
+from engine.planner.fit import fit_spec
 from engine.planner.hub_files import config_path
 from engine.planner.ledger import add_up
+from engine.planner.plan import make_plan
 from engine.planner.shape import read_shape
 from engine.planner.trace import count_real, trace
 from engine.planner.trace_worker import trace_spec
 from engine.spec import RunSpec
+from engine.tracer import Tracer
 from engine.units import GIB
 
 Row = dict[str, Any]
 CPU = Device("cpu", "CPU", 64 * GIB, 64 * GIB)
+CARD_24 = "RTX 4090 24 GB"
 CARD = Device("cuda:0", "a card of 80 GiB", 80 * GIB, 80 * GIB)
 SMALL = {
     "hidden_size": 64,
@@ -181,6 +188,30 @@ def _reserved_rows(model: str, folder: str, fields: Row) -> Iterator[Row]:
     yield _row(f"{name}, least", "GiB", found.minimum_bytes / GIB, (plan.minimum_bytes - around) / GIB)
 
 
+def patience_rows() -> Iterator[Row]:
+    """Yield the limits that a person's patience sets beside what planning takes, medians in milliseconds."""
+    model, device = "meta-llama/Llama-3.1-8B", card_device(CARD_24)
+    with tempfile.TemporaryDirectory() as folder, Tracer() as tracer:
+        shutil.copy(config_path(model, None), Path(folder, "config.json"))
+        large = RunSpec(model=folder, sequence_length=4096)
+        small = large.model_copy(update={"quantization": "nf4", "chunked_loss": True, "sequence_length": 1024})
+        for name, spec in {"fits": small, "does not fit": large}.items():
+            yield _row(f"a plan that {name}", "ms", 20, _wait_ms(spec, lambda moved: make_plan(moved, card=CARD_24)))
+        shape = read_shape(folder)
+        yield _row("Fit to budget", "ms", 3000, _wait_ms(large, lambda moved: fit_spec(moved, shape, device)))
+        yield _row("a trace, warm", "ms", 1500, _wait_ms(small, lambda moved: tracer.trace(moved, device)))
+
+
+def _wait_ms(spec: RunSpec, act: Callable[[RunSpec], Any]) -> float:
+    """Return the median of what `act` takes as the density of a spec moves, after one that warms up."""
+    taken = []
+    for step in range(8):
+        begun = time.perf_counter()
+        act(spec.model_copy(update={"density": 0.01 + step / 1000}))
+        taken.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(taken[1:])
+
+
 TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "trace": trace_rows,
     "formulas": formula_rows,
@@ -188,6 +219,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "sift": sift_rows,
     "spiel": spiel_rows,
     "peft": peft_rows,
+    "patience": patience_rows,
 }
 
 
@@ -205,7 +237,7 @@ def main() -> None:
             done[name].append(row)
             if not options.json:
                 print(_line(row), flush=True)
-        if not options.json:
+        if not options.json and name != "patience":
             _print_error(done[name])
     if options.json:
         print(json.dumps(done))
