@@ -11,7 +11,7 @@ from engine.data.columns import UnusableRowError
 from engine.data.formats import Conversation, RowFormat
 from engine.data.sources import Source, iterate_rows, load_source, read_source_row, recognise_source, split_rows
 from engine.data.templates import TOO_LONG
-from engine.errors import DatasetError
+from engine.errors import DatasetError, EngineError
 from engine.planner.row_lengths import RowLengths
 from engine.spec import RunSpec
 
@@ -27,6 +27,7 @@ def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int
 
     Raises:
         DatasetError: the dataset cannot be read, or has no row to train on.
+        EngineError: it has none among those that were tokenised.
     """
     source = load_source(spec)
     row_format = recognise_source(source, spec)
@@ -44,7 +45,7 @@ def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int
     drawn = np.random.default_rng(spec.seed).choice(order[half:], at_most - half, replace=False)
     largest, sample = (tokenise(rows.select(np.sort(part))) for part in (order[:half], drawn))
     if not len(largest.examples) + len(sample.examples):
-        raise DatasetError(explain_no_rows(source, largest.counts | sample.counts))
+        raise EngineError(f"Of {at_most:,} rows that were looked at none can be trained on.")
     each = (len(rows) - half) / len(drawn)  # rows that a drawn one stands for
     count = len(largest.examples) + each * len(sample.examples)
     tokens = largest.examples.tokens + each * sample.examples.tokens

@@ -9,7 +9,7 @@ import pytest
 
 from engine.data.batches import prepare_data
 from engine.data.row_counts import count_rows
-from engine.errors import DatasetError
+from engine.errors import DatasetError, EngineError
 from engine.models import load_tokenizer
 from engine.spec import RunSpec
 
@@ -64,4 +64,7 @@ def test_rows_that_say_nothing_are_no_error_but_where_there_is_no_other(tmp_path
     found = count_rows(_spec(tmp_path, [*_chats(), *nothing]), tokenizer, 300)
     assert found.rows == pytest.approx(0.95 * ROWS, rel=0.1)
     with pytest.raises(DatasetError, match=f"of {ROWS} rows, empty answer"):
+        count_rows(_spec(tmp_path, nothing), tokenizer, ROWS)
+    with pytest.raises(EngineError, match="Of 100 rows that were looked at none") as said:
         count_rows(_spec(tmp_path, nothing), tokenizer, 100)
+    assert not isinstance(said.value, DatasetError)  # which would refuse the run: another row may do
