@@ -43,6 +43,10 @@ USE = {
     "peft": "A PEFT adapter (peft 0.21.2 or later): load {base} with `AutoModelForCausalLM.from_pretrained`, then this "
     "folder with `PeftModel.from_pretrained(model, folder)`.\n",
 }
+IA3_IN_4_BIT = (
+    "Over a base in 4 bit call the model within `torch.autocast(device, torch.{dtype})`: PEFT's IA3 layers return "
+    "float32 there otherwise, which attention does not take.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -250,13 +254,14 @@ def _model_card(
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     title = f"# {base} tuned by {info.method} on {dataset}"
-    return (
-        f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{_use(kind, spec).format(base=base)}\n| | |\n|---|---|\n{rows}"
-    )
+    use = _use(kind, spec).format(base=base, dtype=spec.dtype)
+    return f"---\n{yaml.safe_dump(header)}---\n\n{title}\n\n{use}\n| | |\n|---|---|\n{rows}"
 
 
 def _use(kind: Kind, spec: RunSpec) -> str:
-    return USE[kind].replace("CausalLM", "SequenceClassification") if spec.task == "classification" else USE[kind]
+    use = USE[kind].replace("CausalLM", "SequenceClassification") if spec.task == "classification" else USE[kind]
+    in_16_bit = spec.quantization == "nf4" and spec.dtype != "float32"
+    return use + IA3_IN_4_BIT if kind == "peft" and spec.method == "ia3" and in_16_bit else use
 
 
 def _figures(report: Mapping[str, Any], name: str) -> str:

@@ -36,6 +36,9 @@ def follow(run: Run, since: int = 0) -> RunStatus:
 
     Returns:
         The status it ended with.
+
+    Raises:
+        DatasetError: it had nothing to train on, and is gone.
     """
     console = Console(highlight=False, stderr=True)
     console.print(f"Run {run.id} in {run.path}", soft_wrap=True)
@@ -62,6 +65,7 @@ def follow(run: Run, since: int = 0) -> RunStatus:
                 runs.send_request(run, "stop")
                 console.print("Stopping after this step.")
     runs.reconcile(run.path.parent)
+    workers.take_back(run)
     status = runs.read_status(run)
     _print_result(run, status, console)
     return status

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from engine.data.preview import preview_dataset
 from engine.errors import DatasetError, EngineError, RunError, WorkerError
+from engine.events import DataPrepared
 from engine.planner.plan import require_fit
 from engine.planner.row_lengths import known_lengths, why_refused
 from engine.planner.shape import require_weights
@@ -31,9 +32,11 @@ from engine.runs import (
     Run,
     RunStatus,
     create_run,
+    delete_run,
     has_worker,
     last_words,
     mark_start,
+    read_events,
     read_report,
     read_spec,
     read_status,
@@ -277,6 +280,19 @@ def start_chat(run: Run) -> ChatProcess:
     if not (run.delta_path / "delta.json").is_file():
         raise RunError(f"Run {run.id} has no result to chat with yet: it is {read_status(run).state}.")
     return ChatProcess(run)
+
+
+def take_back(run: Run) -> None:
+    """Delete `run` where its worker found nothing to train on, so that it never began.
+
+    Raises:
+        DatasetError: so it was; the sentence says why.
+    """
+    if read_status(run).state != "failed" or any(isinstance(each.event, DataPrepared) for each in read_events(run)[0]):
+        return
+    if why := why_refused(read_spec(run)):
+        delete_run(run)
+        raise DatasetError(why)
 
 
 def finish_report(run: Run) -> dict[str, Any]:

@@ -79,5 +79,4 @@ def _wire(app: gr.Blocks, tabs: gr.Tabs, setup: SetupTab, train: TrainTab, chat:
     past.resumed.change(open_resumed, [past.resumed, train.seen], to_train, **_QUIET)
     past.open_train.click(open_chosen, [past.chosen, train.seen], to_train, **_QUIET)
     to_chat = [tabs, *chat.outputs]
-    ended = past.open_chat.click(chat.end, None, None, **_QUIET)
-    ended.then(open_chat, [past.chosen, chat.run_id], to_chat, **_QUIET)
+    chat.end(past.open_chat.click, open_chat, [past.chosen, chat.run_id], to_chat)

@@ -3,12 +3,13 @@
 Gradio ends a plain generator only when its next piece is there, which in a chat takes as long as a model loads, and
 takes no other question until then. A handler that awaits its pieces ends where it waits. To cancel it, Gradio ends
 whatever this handler does for the page by then: on a busy computer that is the next question. `Stops` ends what runs
-when it is asked, as a handler that came to its end.
+when it is asked, as a handler that came to its end. With the end Gradio sends the last piece once more, which may come
+after whatever was done upon the stop: so the last piece of what is stopped is one that changes nothing.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -47,8 +48,21 @@ class Stops:
                 del self._at_work[page]
 
 
-def leavable(handler: Callable[..., Generator[T]], stops: Stops) -> Callable[..., AsyncIterator[T]]:
-    """Return `handler` with its pieces made in a thread of its own; it is closed there once nobody listens any more."""
+def after_stop(handler: Callable[..., T], stops: Stops) -> Callable[..., Coroutine[Any, Any, T]]:
+    """Return `handler`, called in a thread of its own once what is at work for the page has been ended."""
+
+    async def call(request: gr.Request, *inputs: Any) -> T:
+        await stops.stop(request.session_hash)
+        return await asyncio.to_thread(handler, *inputs)
+
+    return call
+
+
+def leavable(handler: Callable[..., Generator[T]], stops: Stops, nothing: T) -> Callable[..., AsyncIterator[T]]:
+    """Return `handler` with its pieces made in a thread of its own; it is closed there once nobody listens any more.
+
+    Where it is stopped, its last piece is `nothing`, which changes nothing in the page.
+    """
 
     async def listen(request: gr.Request, *inputs: Any) -> AsyncIterator[T]:
         pieces, loop, maker = handler(*inputs), asyncio.get_running_loop(), ThreadPoolExecutor(1)
@@ -58,7 +72,10 @@ def leavable(handler: Callable[..., Generator[T]], stops: Stops) -> Callable[...
                 while True:
                     coming = loop.run_in_executor(maker, next, pieces, _END)
                     await asyncio.wait((coming, stopped), return_when=asyncio.FIRST_COMPLETED)
-                    if stop.is_set() or (piece := coming.result()) is _END:
+                    if stop.is_set():
+                        yield nothing
+                        return
+                    if (piece := coming.result()) is _END:
                         return
                     yield piece
             finally:

@@ -113,9 +113,9 @@ def encode_rows(
     """
     if not conversations:
         return []
+    plain = uses_plain(tokenizer, template)  # asked of texts too: a chat with the model will need one
     if not conversations[0].messages:
         return _encode_texts(conversations, tokenizer, sequence_length)
-    plain = uses_plain(tokenizer, template)
     render, lead = _renderer(tokenizer, plain), _lead(tokenizer) if plain else []
     ends = _Ends((*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()), str(tokenizer.eos_token or ""))
     rendered = [_try_pieces(conversation, render, ends) for conversation in conversations]

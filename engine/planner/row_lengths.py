@@ -73,7 +73,10 @@ def _path(spec: RunSpec) -> Path:
     values = spec.model_dump(mode="json")
     decides = {name: value for name, value in values.items() if name in _FIELDS or about(name).group == "data"}
     model, dataset = resolve_model(spec.model, spec.model_revision), find_dataset(spec.dataset or "")
-    files = [sorted(model.glob("token*")) if isinstance(model, Path) else [], _files(dataset)]
+    found = {name: path.absolute() for name, path in (("model", model), ("dataset", dataset)) if isinstance(path, Path)}
+    decides |= {name: str(path) for name, path in found.items()}  # a worker is given them absolute
+    tokenizer = [*model.glob("token*"), *model.glob("chat_template*")] if isinstance(model, Path) else []
+    files = [sorted(tokenizer), _files(dataset)]
     return kept_path("rows", decides | {"files": [[_stamp(file) for file in group] for group in files]})
 
 

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.batches import PreparedData, prepare_data
 from engine.data.labels import Labels
-from engine.errors import EngineError, TrainingError
+from engine.errors import DatasetError, EngineError, TrainingError
 from engine.events import Checkpointed, Evaluated, ModelLoaded, RunState, Warned
 from engine.hardware import resolve_device
 from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
-from engine.planner.row_lengths import keep_lengths
+from engine.planner.row_lengths import keep_lengths, keep_uncounted
 from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
 from engine.sparse.base_weight import base_weights
 from engine.sparse.peers import ALONE, PeerLostError, Peers
@@ -162,7 +162,7 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         torch.cuda.set_device(device)  # not before its turn: that takes memory
     with peers.one_after_the_first():
         tokenizer = load_tokenizer(spec)
-        data = prepare_data(spec, tokenizer)
+        data = _prepared(spec, tokenizer)
     journal.emit(data.summary)
     spec = _as_before(run, spec)
     lengths = data.row_lengths  # no batch is longer, so the bar is true
@@ -194,6 +194,15 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         trainer.save(trainer)
     if base is not None:
         _conclude(run, trainer, journal, base, plan, reached_end)
+
+
+def _prepared(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Return the dataset tokenised. That there is nothing to train on is kept, for `workers` to say before a run."""
+    try:
+        return prepare_data(spec, tokenizer)
+    except DatasetError as error:
+        keep_uncounted(spec, str(error), refused=True)
+        raise
 
 
 def _conclude(

@@ -9,9 +9,9 @@ import gradio as gr
 from engine.data.labels import PAIR_SEPARATOR
 from engine.runs import Run, read_spec
 from engine.workers import Side
-from sparse_ui import cards
+from sparse_ui import cards, turns
 from sparse_ui.context import AppContext
-from sparse_ui.listening import Stops, leavable
+from sparse_ui.listening import Stops, after_stop, leavable
 from sparse_ui.messages import explain, guarded
 
 EXAMPLES = 4
@@ -21,10 +21,8 @@ LABELS_HINT = (
 )
 NO_RESULT = "No run has a result yet. Train one first."
 PLACEHOLDERS = {"Base": "Answers first, without the trained values.", "Tuned": "Answers the same question after it."}
-# Shown only where the answer does not begin at once.
-_WAITS = """(text) => text.trim() ? '<span class="soft st-late">Waits for its turn.</span>' : {__type__: "update"}"""
-_SEND = "() => document.querySelector('#chat-send').click()"
 Messages = list[dict[str, Any]]
+_NOTHING = (gr.skip(), gr.skip(), gr.skip())  # for base, tuned and what is said
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class ChatTab:
 
     Attributes:
         show: fills `outputs` from the run to show (None: the newest) and the one that `run_id` shows now.
-        end: a handler that ends the answer at work.
+        end: wires a listener to a handler of inputs and outputs that is called once the answer at work has ended.
     """
 
     tab: gr.Tab
     run_id: gr.Dropdown
     outputs: list[Any]
     show: Callable[[str | None, str | None], list[Any]]
-    end: Callable[..., Any]
+    end: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -104,48 +102,42 @@ def _draw() -> _Widgets:
     return _Widgets(base, tuned, box, send, said, run_id, tokens, warmth, examples, halt, clear)
 
 
-def _wire(context: AppContext, widgets: _Widgets) -> Callable[..., Any]:
-    """Wire the tab; return the handler that ends the answer at work."""
+def _wire(context: AppContext, widgets: _Widgets) -> Callable[..., None]:
+    """Wire the tab; return what wires whatever ends the answer at work."""
     base, tuned, said, run_id = widgets.base, widgets.tuned, widgets.said, widgets.run_id
-
     stops = Stops()
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
 
     def answer(
         run_id: str | None, text: str, limit: float, heat: float, left: Messages, right: Messages
     ) -> Generator[Any]:
         yield from _answer(context, run_id, text, (int(limit), float(heat)), left, right)
 
-    async def end(request: gr.Request) -> None:
-        await stops.stop(request.session_hash)
-
-    async def halt(request: gr.Request) -> str:
-        await end(request)
-        return ""
-
-    async def clear(request: gr.Request) -> tuple[Messages, Messages, str]:
-        await end(request)
-        return [], [], ""
-
     @guarded("changing the run")
     def change_run(chosen: str | None) -> list[Any]:
         context.chat.close_unless(chosen)
         return [[], [], _labels_hint(context, chosen), *_example_updates(context, chosen)]
 
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    def end(listener: Callable[..., Any], handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+        ended = listener(after_stop(handler, stops), inputs, outputs, js=turns.HELD, **quiet)
+        for following in (ended.then, ended.failure):
+            following(None, js=turns.FREED)
+
     asked = [run_id, widgets.box, widgets.tokens, widgets.warmth, base, tuned]
     sent = [widgets.box.submit, widgets.send.click]
-    gr.on(sent, None, widgets.box, said, js=_WAITS)
-    # What is sent during an answer stays in the box and is asked after it, of the conversation as it is by then.
-    answered = [base, tuned, widgets.box, said]
-    gr.on(sent, leavable(answer, stops), asked, answered, trigger_mode="always_last", **quiet)
+    gr.on(sent, None, widgets.box, said, js=turns.SENT)
+    answered = gr.on(sent, leavable(answer, stops, _NOTHING), asked, [base, tuned, said], js=turns.ASKED, **quiet)
+    base.change(None, [base, widgets.box], widgets.box, js=turns.SHOWN)
+    for following in (answered.then, answered.failure):
+        following(None, js=turns.NEXT)
     for example in widgets.examples:
-        example.click(lambda words: words, example, widgets.box, **quiet).then(None, js=_SEND)
-    widgets.halt.click(halt, None, said, **quiet)
-    widgets.clear.click(None, None, widgets.box, js="() => ''")  # a question that waits for its turn goes too
-    widgets.clear.click(clear, None, [base, tuned, said], **quiet)
+        filled = example.click(None, [example, widgets.box], [widgets.box, said], js=turns.EXAMPLE)
+        filled.then(None, js=turns.NEXT)
+    end(widgets.halt.click, lambda: "", None, said)
+    widgets.clear.click(None, js=turns.UNASKED)
+    end(widgets.clear.click, lambda: ([], [], ""), None, [base, tuned, said])
     # By hand alone: filling the list as the tab opens must not end the answer to a question sent meanwhile.
-    changed = [base, tuned, said, *widgets.examples]
-    run_id.input(end, None, None, **quiet).then(change_run, run_id, changed, **quiet)
+    end(run_id.input, change_run, run_id, [base, tuned, said, *widgets.examples])
     return end
 
 
@@ -198,21 +190,22 @@ def _answer(
     run = context.find_run(run_id) if run_id else next(iter(ready_runs(context)), None)
     if run is None or not text.strip():
         missing = "That run is gone. Choose another one." if run_id else NO_RESULT
-        yield gr.skip(), gr.skip(), gr.skip(), "" if run else cards.callout([missing], "note")
+        yield gr.skip(), gr.skip(), gr.skip() if run else cards.callout([missing], "note")
         return
     question = {"role": "user", "content": text.strip()}
     sides: dict[Side, Messages] = {"base": [*left, question], "tuned": [*right, question]}
     asked = {side: _answered(messages) for side, messages in sides.items()}
     answers: dict[Side, str] = {"base": "", "tuned": ""}
     doing = "The base answers first." if context.chat.loaded(run) else "Loading the model. The base answers first."
-    yield sides["base"], sides["tuned"], "", f'<span class="soft">{doing}</span>'
+    yield sides["base"], sides["tuned"], f'<span class="soft">{doing}</span>'
     try:
         for chunk in context.chat.stream(run, asked, *how):
             answers[chunk.side] = chunk.text
-            yield *(_with_answer(sides[side], answers[side]) for side in ("base", "tuned")), gr.skip(), gr.skip()
-        yield gr.skip(), gr.skip(), gr.skip(), ""
+            yield *(_with_answer(sides[side], answers[side]) for side in ("base", "tuned")), gr.skip()
+        yield gr.skip(), gr.skip(), ""
     except Exception as error:
-        yield gr.skip(), gr.skip(), gr.skip(), cards.callout(explain(error, "the chat").sentences)
+        kept = (gr.skip(), gr.skip()) if any(answers.values()) else (left, right)  # the question goes back to the box
+        yield *kept, cards.callout(explain(error, "the chat").sentences)
 
 
 def _with_answer(messages: Messages, answer: str) -> Messages:

@@ -159,6 +159,18 @@ def test_dataset_without_usable_column_fails_with_one_sentence(tmp_path: Path) -
     assert "Traceback" not in said
 
 
+def test_rows_that_are_all_too_long_leave_no_run_and_are_refused_before_the_next(tmp_path: Path) -> None:
+    row = {"question": "why " * 60, "answer": "because"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    for says_run in (True, False):
+        status, report, said = _train("--set", "model=demo", "--set", "dataset=long.jsonl", *SMALL)
+        assert (status, report["state"]) == (2, "failed")
+        assert "too long" in report["error"]
+        assert said.count("too long") == 1
+        assert ("Run " in said) == says_run
+        assert not list((tmp_path / "runs").glob("*/spec.yaml"))
+
+
 def test_small_demo_learns_the_style_on_entities_it_never_saw() -> None:
     """The demo with a third of its steps and answers, at a rate that suits them."""
     arguments = ["max_steps=80", "learning_rate=0.001", "exact_match_rows=64", "evaluation_rows=64"]

@@ -103,11 +103,15 @@ def _held(page: Page, belongs: Callable[[dict[str, Any]], bool]) -> Iterator[lis
     page.unroute("**/queue/join*")  # which lets go of them
 
 
+def _send(page: Page, question: str) -> None:
+    page.locator("#chat-box textarea").fill(question)
+    page.locator("#chat-send").click()
+
+
 def _ask(page: Page, question: str) -> None:
     page.get_by_role("tab", name="Chat", exact=True).click()
     expect(page.locator("#chat-box textarea")).to_be_visible()
-    page.locator("#chat-box textarea").fill(question)
-    page.locator("#chat-send").click()
+    _send(page, question)
     expect(page.locator("#chat-base")).to_contain_text(question)
 
 
@@ -132,19 +136,40 @@ def test_train_reload_stop_and_chat(page: Page, tmp_path: Path) -> None:
 
 
 def _ask_while_the_model_loads(page: Page) -> None:
-    page.locator("#chat-stop").click()
-    _ask(page, "Where does a fox live?")
+    with _held(page, lambda event: not event["data"]) as ends:  # Stop has not come to the app yet
+        page.locator("#chat-stop").click()
+        _send(page, "Where does a fox live?")
+        page.wait_for_timeout(500)
+        assert ends
+    expect(page.locator("#chat-base")).to_contain_text("fox")
     _ask(page, "Where is the moon?")
     for side in ("base", "tuned"):
         expect(page.locator(f"#chat-{side} [data-testid=user]")).to_have_count(3)
         expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(2, timeout=CHAT_MS)
-    _ask(page, "What does a baker do?")
-    page.locator("#chat-clear").click()
-    expect(page.locator("#chat-base [data-testid=user]")).to_have_count(0)
-    _ask(page, "Count the legs of the cow.")
+    _expect_nothing_typed_to_be_lost(page)
+
+
+def _expect_nothing_typed_to_be_lost(page: Page) -> None:
+    box = page.locator("#chat-box textarea")
+    with _held(page, lambda event: len(event["data"]) == 6) as questions:
+        _send(page, "What does a baker do?")
+        page.wait_for_timeout(500)
+        box.fill("Count the legs of")
+        assert questions
+    expect(page.locator("#chat-base")).to_contain_text("baker")
+    expect(box).to_have_value("Count the legs of")
+    with _held(page, lambda event: not event["data"]) as ends:
+        page.locator("#chat-clear").click()
+        _send(page, "Count the legs of the cow.")
+        page.wait_for_timeout(500)
+        assert ends
     for side in ("base", "tuned"):
         expect(page.locator(f"#chat-{side} [data-testid=bot]")).to_have_count(1, timeout=CHAT_MS)
-        expect(page.locator(f"#chat-{side} [data-testid=user]")).to_have_count(1)
+        expect(page.locator(f"#chat-{side} [data-testid=user]")).to_have_text("Count the legs of the cow.")
+    expect(box).to_have_value("")
+    _send(page, "What is this? " * 1_000)  # more than the model reads
+    expect(page.locator("#chat-said")).to_contain_text("tokens long")
+    expect(box).to_have_value("What is this? " * 1_000)
 
 
 def _take_away(page: Page) -> None:

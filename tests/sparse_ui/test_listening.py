@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparse_ui.listening import Stops, leavable
+from sparse_ui.listening import Stops, after_stop, leavable
 
 PAGE: Any = SimpleNamespace(session_hash="page")
 
@@ -21,7 +21,7 @@ def test_the_pieces_come_in_order_and_an_error_after_them() -> None:
     found = []
 
     async def listen() -> None:
-        async for piece in leavable(count, Stops())(PAGE, 3):
+        async for piece in leavable(count, Stops(), -1)(PAGE, 3):
             found.append(piece)
 
     with pytest.raises(ValueError, match="enough"):
@@ -43,15 +43,18 @@ def test_who_leaves_does_not_wait_for_the_piece_that_is_being_made(by_stop: bool
             ended.set()
 
     async def leave() -> None:
-        listening = asyncio.ensure_future(anext(aiter(leavable(load, stops)(PAGE))))
+        pieces = aiter(leavable(load, stops, "nothing")(PAGE))
+        listening = asyncio.ensure_future(anext(pieces))
         await asyncio.to_thread(at_work.wait, 10)
         if by_stop:
             await stops.stop("another page")
-            await stops.stop("page")
+            stopped = asyncio.ensure_future(after_stop(ended.is_set, stops)(PAGE))
+            assert [await listening, *[piece async for piece in pieces]] == ["nothing"]
+            assert not await stopped  # what is done upon the stop does not wait either
         else:
             listening.cancel()
-        with pytest.raises(StopAsyncIteration if by_stop else asyncio.CancelledError):
-            await listening
+            with pytest.raises(asyncio.CancelledError):
+                await listening
 
     asyncio.run(leave())
     assert not ended.is_set()
@@ -67,6 +70,6 @@ def test_a_stop_ends_what_is_at_work_and_not_what_comes_next() -> None:
 
     async def listen() -> list[int]:
         await stops.stop("page")
-        return [piece async for piece in leavable(count, stops)(PAGE)]
+        return [piece async for piece in leavable(count, stops, -1)(PAGE)]
 
     assert asyncio.run(listen()) == [0, 1, 2]

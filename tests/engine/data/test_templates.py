@@ -139,3 +139,10 @@ def test_the_template_is_said_in_words(chatml: Any, bare: Any) -> None:
     assert resolve_template(bare, "auto") == "plain (User: ... Assistant: ...)"
     with pytest.raises(DatasetError, match=r"got 'tokenizer'.*Use template=plain\."):
         resolve_template(bare, "tokenizer")
+
+
+def test_texts_are_refused_a_template_that_no_chat_with_the_model_could_use(bare: Any) -> None:
+    with pytest.raises(DatasetError, match=r"got 'tokenizer'.*Use template=plain\."):
+        encode(Conversation((), text="blue"), bare, "tokenizer", 8)
+    assert encode(Conversation((), text="blue"), bare, "auto", 8).examples
+    assert encode_rows([], bare, "tokenizer", 8) == []  # labelled texts alone: no template is used, nor any chat

@@ -17,6 +17,7 @@ from engine.errors import DeltaError, InvalidSpecError, TargetsError
 from engine.export import export
 from engine.models import load_model
 from engine.runs import Run, create_run, read_spec
+from engine.sparse.base_weight import nf4_config
 from engine.sparse.delta import SparseDelta
 from engine.spec import RunSpec
 from engine.spec_io import parse_spec
@@ -136,17 +137,30 @@ def test_merged_model_computes_what_the_run_computes(
     assert f"| Method | {method} |" in (done.folder / "README.md").read_text()
 
 
+# In float32 bitsandbytes rounds by itself on the CPU over NF4.
+@pytest.mark.parametrize(("dtype", "quantization"), [each for each in BASES if each != ("float32", "nf4")])
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_stock_peft_loads_the_exported_adapter_to_the_same_logits(
-    spec: Callable[..., RunSpec], tmp_path: Path, method: str
+    spec: Callable[..., RunSpec], tmp_path: Path, method: str, dtype: str, quantization: str
 ) -> None:
-    run = create_run(spec(method, dtype="float32", dataset="demo/pirate"))
+    run = create_run(spec(method, dtype=dtype, quantization=quantization, dataset="demo/pirate", attention="eager"))
     tuned, tuning, _ = _train(read_spec(run))
     tuning.save_result(run.delta_path)
     done = export(run, tmp_path / "adapter", "peft")
     config = json.loads((done.folder / "adapter_config.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
-    torch.testing.assert_close(_logits(PeftModel.from_pretrained(base, done.folder)), _logits(tuned), atol=1e-5, rtol=0)
+    computed = getattr(torch, dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        config["base_model_name_or_path"],
+        dtype=computed,
+        attn_implementation="eager",
+        quantization_config=nf4_config(computed) if quantization == "nf4" else None,
+    )
+    autocast = "torch.autocast(device, torch.bfloat16)" in (done.folder / "README.md").read_text()
+    assert autocast == ((method, dtype, quantization) == ("ia3", "bfloat16", "nf4"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = _logits(PeftModel.from_pretrained(base, done.folder))
+    atol = 1e-5 if computed == torch.float32 else 2**-7
+    torch.testing.assert_close(logits, _logits(tuned), atol=atol, rtol=0)
 
 
 def test_full_has_no_adapter_and_the_merge_is_offered(spec: Callable[..., RunSpec], tmp_path: Path) -> None:
