@@ -158,3 +158,11 @@ def test_rows_must_fit_the_task(fields: dict[str, Any], words: str) -> None:
 def test_what_several_processes_cannot_do_is_said(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidSpecError, match=sentence):
         parse_spec({"model": "demo", "num_processes": 2, **fields})
+
+
+@pytest.mark.parametrize("name", RunSpec.model_fields)
+def test_help_speaks_of_other_fields_in_words_that_the_form_has_too(name: str) -> None:
+    written = {field for field in RunSpec.model_fields if "_" in field} | {
+        f"{field}=" for field in RunSpec.model_fields
+    }
+    assert not [word for word in written if word in about(name).help]
