@@ -299,7 +299,8 @@ def _filling(folder: Path) -> Iterator[Path]:
         for path in list(partial.iterdir()):
             path.rename(folder / path.name)
     except (OSError, SafetensorError) as error:
-        raise EngineError(f"{str(folder)!r} cannot be written: {error}. Name another folder.") from None
+        why = getattr(error, "strerror", None) or error
+        raise EngineError(f"{str(folder)!r} cannot be written: {why}. Name another folder.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

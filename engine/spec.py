@@ -307,7 +307,7 @@ class RunSpec(BaseModel):
     lora_alpha: Annotated[
         int,
         Field(ge=1, le=65536),
-        About("method", "LoRA alpha", "Of lora: their product is scaled by lora_alpha / lora_rank.", methods=("lora",)),
+        About("method", "LoRA alpha", "Of lora: their product is scaled by alpha / rank.", methods=("lora",)),
     ] = 32
 
     optimizer: Annotated[
@@ -396,22 +396,28 @@ class RunSpec(BaseModel):
             "Recompute",
             "What the backward makes again instead of finding it kept. nothing: only what the model's own code "
             "recomputes; elementwise: norm outputs and activation products, at next to no cost; mlp: also gate and up "
-            "of the first recompute_blocks blocks; blocks: the first recompute_blocks blocks as a whole, as "
-            "checkpointing does with all; auto: as little as fits the budget. elementwise and mlp are for the sparse "
-            "methods, on Llama, Mistral, Qwen 2 and 3, Gemma and Phi.",
+            "of the first blocks; blocks: the first blocks as a whole, as checkpointing does with all; auto: as "
+            "little as fits the budget. elementwise and mlp are for the sparse methods, on Llama, Mistral, Qwen 2 and "
+            "3, Gemma and Phi.",
         ),
     ] = "nothing"
     recompute_blocks: Annotated[
         int | None,
         Field(ge=1),
-        About("memory", "Recomputed blocks", "Of mlp and blocks: how many. Empty: all.", "blocks", detail=True),
+        About(
+            "memory",
+            "Recomputed blocks",
+            "Of mlp and blocks: how many of the first. Empty: all.",
+            "blocks",
+            detail=True,
+        ),
     ] = None
     offload_activations: Annotated[
         bool,
         About(
             "memory",
             "Inputs in main memory",
-            "Of blocks that are computed anew as a whole (checkpointing, recompute=blocks): keep what enters them in "
+            "Of blocks that checkpointing or recompute make anew as a whole: keep what enters them in "
             "main memory and bring it back for their backward. The last resort: steps wait for it. The numbers are the "
             "same; on the CPU nothing changes.",
             rule="true or false",
@@ -455,7 +461,7 @@ class RunSpec(BaseModel):
             "memory",
             "Processes",
             "Cards that share each step, a process each, started by torchrun: with n of them a step has n times "
-            "gradient_accumulation micro-batches, and only the gradients of the trained entries are exchanged. On the "
+            "as many micro-batches, and only the gradients of the trained entries are exchanged. On the "
             "CPU, processes on its cores.",
             "processes",
             detail=True,

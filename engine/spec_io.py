@@ -61,7 +61,10 @@ def _problem(detail: ErrorDetails) -> SpecProblem:
     if detail["type"] == "missing":
         return SpecProblem(name, f"{name} is missing. {about(name).help}")
     remedy = _REMEDIES[name](value) if name in _REMEDIES else about(name).remedy
-    return SpecProblem(name, f"{name} must be {_rule(name, detail)}, got {value!r}. {remedy}".rstrip())
+    return SpecProblem(
+        name,
+        f"{name} must be {_rule(name, detail)}, got {'nothing' if value is None else repr(value)}. {remedy}".rstrip(),
+    )
 
 
 def _nearest(name: str) -> str:

@@ -21,11 +21,11 @@ def status_words(status: RunStatus) -> str:
             left = f" · {format_duration(status.remaining_s)} left" if status.remaining_s is not None else ""
             return f"Training · {steps}{left}" if status.total_steps else "Training"
         case "stopping":
-            return f"Stopping · {steps}"
+            return f"Stopping · {steps}" if status.total_steps else "Stopping"
         case "finished":
             return f"Finished · {status.step:,} steps"
         case "stopped":
-            return f"Stopped · {steps}"
+            return f"Stopped · {steps}" if status.total_steps else "Stopped before the first step"
         case "failed":
             return f"Failed · {steps}" if status.total_steps else "Failed before the first step"
 

@@ -11,6 +11,7 @@ from engine.planner.plan import Plan, Remedy, cut_rows, make_plan, plan_device
 from engine.planner.row_lengths import known_lengths, why_uncounted
 from engine.planner.traced import why_untraced
 from engine.planner.traced_plan import planned_shape
+from engine.presets import find_dataset
 from engine.spec import SHORTEST_LENGTH, RunSpec, about
 from engine.tracer import Tracer
 from engine.units import format_bytes, format_count, format_percent
@@ -61,6 +62,8 @@ def view_plan(values: Sequence[Any], output: str, card: str = "") -> PlanView:
         said.insert(0, ROWS.format(rows=lengths.rows, longest=lengths.longest, mean=lengths.mean, known=known))
     elif why := why_uncounted(spec):
         said.insert(0, f"Rows are taken as full, since they were not counted. {why}")
+    elif find_dataset(spec.dataset or "") is not None:
+        said.insert(0, "Rows are taken as full until the dataset's are counted.")
     return PlanView(
         cards.plan_card(plan) + "".join(f'<div class="soft">{escape(words)}</div>' for words in said),
         shown_remedies(plan.remedies),

@@ -144,10 +144,12 @@ def score_words(run: Run, history: History) -> str:
 
 
 def peak_words(peak_bytes: int | None, plan: dict[str, Any]) -> str:
-    """Return `19.6 GiB, planned 19.8`."""
+    """Return `19.6 GiB, planned 19.8`, or of these what is known."""
     measured = "–" if peak_bytes is None else format_bytes(peak_bytes)
     if "peak_bytes" not in plan:
         return measured
+    if peak_bytes is None:
+        return f"planned {format_bytes(plan['peak_bytes'])}"
     planned, unit = format_bytes(plan["peak_bytes"]).split()
     return f"{measured}, planned {planned}" + ("" if measured.endswith(f" {unit}") else f" {unit}")
 

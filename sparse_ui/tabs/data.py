@@ -86,7 +86,7 @@ def view_data(values: Sequence[Any], output: str) -> tuple[str, str, str]:
         said = cards.title(message.title) + cards.callout(message.sentences)
         return said, "", _facts(" ".join(message.sentences), "bad")
     dropped = sum(preview.dropped.values())
-    facts = f"{preview.rows:,} rows · {preview.format} · {dropped:,} dropped"
+    facts = f"{preview.rows:,} row{'' if preview.rows == 1 else 's'} · {preview.format} · {dropped:,} dropped"
     return _summary(preview), _rows(preview), _facts(facts, "")
 
 

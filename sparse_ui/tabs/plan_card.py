@@ -17,7 +17,7 @@ from engine.spec import RunSpec, about
 from sparse_ui import cards, form
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain
-from sparse_ui.plan_view import REMEDY_ROWS, view_fit, view_plan
+from sparse_ui.plan_view import REMEDY_ROWS, FitView, view_fit, view_plan
 
 # Gradio tells a change that waited for an answer once more when it comes: what is of these very values stays.
 _CLEAR = """(...values) => {
@@ -28,6 +28,7 @@ _CLEAR = """(...values) => {
 STARTING = '<div class="soft">Starting: the plan is checked, then the run begins.</div>'
 SET_ALONE = ("dataset", "density", "budget_gib")  # by an upload, by a slider
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
+Found = tuple[FitView, tuple[Any, ...]]  # what a fit found, and the card and the values of the form it is of
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ def wire_plan_card(
             updates += [gr.update(visible=True), cards.remedy_line(remedy)]
         return updates + [gr.update(visible=False), ""] * (REMEDY_ROWS - len(view.remedies))
 
-    found = [card.fitted, card.apply, card.fit_found]
+    found = [card.fitted, card.apply]
     by_fit = card.apply.click(_apply_fit(output), [card.fit_found, *fields], fields, **QUIET)
     by_remedy = [
         button.click(_apply(number, output), [card.changes, *fields], fields, **QUIET)
         for number, (_, _, button) in enumerate(card.remedies)
     ]
-    card.fit.click(_fit(context), [card.plan_for, *fields], found, **QUIET)
+    fitting = card.fit.click(_fit(context), [card.plan_for, *fields], card.fit_found, **QUIET)
+    fitting.then(_show_fit, [card.fit_found, card.plan_for, *fields], found, **QUIET)
     # A fill comes once, not once a field: a field of its own tells of a change by hand, or by what sets it alone.
     by_hand = [card.plan_for.input, measured.change, card.learnt.change]
     by_hand += [widget.change if name in SET_ALONE else widget.input for name, widget in widgets.items()]
@@ -145,14 +147,21 @@ def _apply(number: int, output: str) -> Callable[..., list[Any]]:
     return apply
 
 
-def _fit(context: AppContext) -> Callable[..., list[Any]]:
+def _fit(context: AppContext) -> Callable[..., Found]:
     """Return a handler that lists what would make the run fit, for one click to apply."""
 
-    def fit(chosen: str, *values: Any) -> list[Any]:
-        view = view_fit(values, str(context.settings.runs_root), context.tracer, chosen)
-        return [view.html, gr.update(visible=view.changes is not None), view.changes]
+    def fit(chosen: str, *values: Any) -> Found:
+        return view_fit(values, str(context.settings.runs_root), context.tracer, chosen), (chosen, *values)
 
     return fit
+
+
+def _show_fit(found: Found, *now: Any) -> list[Any]:
+    """Show what a fit found, unless the form was changed while it was worked out: then it is of other values."""
+    view, asked = found
+    if now != asked:
+        return ["", gr.update(visible=False)]
+    return [view.html, gr.update(visible=view.changes is not None)]
 
 
 def _look_closer(context: AppContext) -> Callable[..., Any]:
@@ -184,8 +193,8 @@ def _look_closer(context: AppContext) -> Callable[..., Any]:
 
 
 def _apply_fit(output: str) -> Callable[..., list[Any]]:
-    def apply(changes: dict[str, Any] | None, *values: Any) -> list[Any]:
-        return _changed(values, form.read_form(values, output).model_copy(update=changes or {}))
+    def apply(found: Found, *values: Any) -> list[Any]:
+        return _changed(values, form.read_form(values, output).model_copy(update=found[0].changes or {}))
 
     return apply
 

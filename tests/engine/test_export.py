@@ -288,7 +288,7 @@ def test_folder_in_use_is_a_sentence_and_stays_as_it_was(make: Make, tmp_path: P
         with pytest.raises(EngineError, match=r"new or an empty folder, and '.*full' is neither"):
             export(make(), folder)
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
-    with pytest.raises(EngineError, match="cannot be written"):
+    with pytest.raises(EngineError, match=r"inside' cannot be written: Not a directory\. Name another"):
         merge(make(), folder / "letter.txt" / "inside")
 
 

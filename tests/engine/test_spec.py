@@ -32,6 +32,7 @@ def test_every_problem_is_reported_at_once_with_value_and_remedy() -> None:
         ("targets", 3, "targets must be attention, linear, all or a list of patterns, got 3."),
         ("micro_batch_size", 0, "micro_batch_size must be a whole number in [1, 4096], got 0."),
         ("budget_gib", -1, "budget_gib must be in (0, 1000000], got -1."),
+        ("density", None, "density must be in (0, 1], got nothing. For 5 percent write 0.05."),
         ("max_steps", 1.5, "max_steps must be a whole number of at least 1, got 1.5."),
         ("learning_rate", float("nan"), "learning_rate must be in (0, 10], got nan. Try 0.0002."),
     ],
@@ -157,3 +158,11 @@ def test_rows_must_fit_the_task(fields: dict[str, Any], words: str) -> None:
 def test_what_several_processes_cannot_do_is_said(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidSpecError, match=sentence):
         parse_spec({"model": "demo", "num_processes": 2, **fields})
+
+
+@pytest.mark.parametrize("name", RunSpec.model_fields)
+def test_help_speaks_of_other_fields_in_words_that_the_form_has_too(name: str) -> None:
+    written = {field for field in RunSpec.model_fields if "_" in field} | {
+        f"{field}=" for field in RunSpec.model_fields
+    }
+    assert not [word for word in written if word in about(name).help]

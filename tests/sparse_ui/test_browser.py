@@ -220,6 +220,17 @@ def test_a_method_left_and_taken_again_and_a_dark_page_stay_as_they_were(page: P
     expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
 
 
+def test_a_narrow_page_shows_the_state_and_a_list_closes_behind_the_keyboard(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.goto(address)
+    expect(page.locator("#header-state .state")).to_be_in_viewport()
+    page.locator("#field-model input").focus()
+    expect(page.locator("#field-model [role=listbox]")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.locator("#field-dataset input")).to_be_focused()
+    expect(page.locator("#field-model [role=listbox]")).to_be_hidden()
+
+
 def test_what_start_says_stays_though_the_plan_comes_later(page: Page, address: str) -> None:
     page.goto(address)
     expect(page.locator("#plan .st-pill")).to_have_text("fits")

@@ -7,7 +7,7 @@ import gradio as gr
 import pytest
 
 from engine import runs
-from engine.events import Evaluated, EventWriter, Sample, Stepped
+from engine.events import Evaluated, EventWriter, RunState, Sample, Stepped
 from engine.planner.cards import CARDS
 from engine.planner.plan import Remedy
 from engine.runs import Run, RunStatus
@@ -16,10 +16,11 @@ from sparse_ui.context import AppContext, Settings
 from sparse_ui.form import WIDGETS, fill_form
 from sparse_ui.header import header_html, status_words
 from sparse_ui.history import HistoryReader
-from sparse_ui.plan_view import shown_remedies, view_plan
+from sparse_ui.plan_view import FitView, shown_remedies, view_plan
 from sparse_ui.runs_view import details, runs_table
 from sparse_ui.tabs.chat import _answered
 from sparse_ui.tabs.data import view_data
+from sparse_ui.tabs.plan_card import _show_fit
 from sparse_ui.tabs.setup import keep_upload
 from sparse_ui.tabs.train import build_train_tab
 from sparse_ui.train_view import peak_words, pieces_of
@@ -80,6 +81,11 @@ def test_every_state_has_words() -> None:
     assert status_words(RunStatus("queued")) == "Starting"  # nobody is waited for
 
 
+@pytest.mark.parametrize("state", ["stopping", "stopped", "failed"])
+def test_no_state_counts_steps_before_there_are_any(state: RunState) -> None:
+    assert "step 0" not in status_words(RunStatus(state))
+
+
 def test_a_damaged_run_keeps_its_row(run: Run) -> None:
     (run.path / "spec.yaml").write_text("density: [")
     assert "unreadable" in runs_table(HistoryReader(), [run], [run.id])
@@ -96,7 +102,7 @@ def test_a_failed_run_says_why(run: Run) -> None:
 def test_peak_stands_against_the_plan_in_one_unit() -> None:
     assert peak_words(3 << 20, {"peak_bytes": 4 << 20}) == "3.0 MiB, planned 4.0"
     assert peak_words(3 << 20, {"peak_bytes": 4 << 30}) == "3.0 MiB, planned 4.0 GiB"
-    assert peak_words(None, {"peak_bytes": 4 << 20}) == "–, planned 4.0 MiB"
+    assert peak_words(None, {"peak_bytes": 4 << 20}) == "planned 4.0 MiB"
     assert peak_words(None, {}) == "–"
 
 
@@ -148,6 +154,21 @@ def test_data_shows_rows_though_another_field_is_wrong() -> None:
     assert "demo/pirate" in summary
     assert "user" in rows
     assert "rows" in facts
+
+
+def test_one_row_is_a_row(tmp_path: Path) -> None:
+    single = tmp_path / "single.txt"
+    single.write_text("Hello.")
+    _, _, facts = view_data(fill_form(SPEC.model_copy(update={"dataset": str(single)})), "runs")
+    assert "1 row ·" in facts
+
+
+def test_what_a_fit_found_is_shown_only_for_the_form_it_is_of() -> None:
+    found = FitView("NF4 fits", {"quantization": "nf4"}), ("a card", "demo", 0.05)
+    html, button = _show_fit(found, "a card", "demo", 0.05)
+    assert (html, button["visible"]) == ("NF4 fits", True)
+    html, button = _show_fit(found, "a card", "demo", 0.01)
+    assert (html, button["visible"]) == ("", False)
 
 
 def test_data_says_what_is_wrong(tmp_path: Path) -> None:
