@@ -87,7 +87,7 @@ class Tracer:
             try:
                 self._ask({"spec": spec.model_dump(mode="json")})
             except TimeoutError:
-                keep_uncounted(spec, f"That takes longer than {_PATIENCE_S:.0f} s.")
+                keep_uncounted(spec, f"That takes longer than {_PATIENCE_S:.0f} s.", passes=True)
         return known_lengths(spec)
 
     def plan(self, spec: RunSpec, card: str | None = None, lengths: RowLengths | None = None) -> Plan:
@@ -157,9 +157,15 @@ class Tracer:
         return settled
 
     def _why_not(self, spec: RunSpec, device: Device) -> str:
-        """Trace `spec` for plans to read, and return nothing, or why that could not be done."""
+        """Trace `spec` for plans to read, and return nothing, or why that could not be done.
+
+        Raises:
+            ModelError: no run can load such a model.
+        """
         try:
             self.trace(spec, device)
+        except ModelError:
+            raise
         except EngineError as error:
             return str(error)
         return ""

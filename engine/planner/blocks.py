@@ -19,7 +19,8 @@ class Segment:
     """A stretch of the model between two states of the residual stream; bytes.
 
     `saved`: what it keeps between forward and backward; with checkpointing, when it is computed anew. `forward_peak`:
-    the most that it then holds. `backward`: what its backward adds to what it keeps and to the gradient of its result.
+    the most that it holds meanwhile, as far as that is known to be more. `backward`: what its backward adds to what it
+    keeps and to the gradient of its result.
     """
 
     saved: int
@@ -94,15 +95,16 @@ class _Block(Operations):
     def _normed(self, x: Value) -> Value:
         """norm(attention(x) + x), then the same with the MLP.
 
-        Where the block is computed anew, up to its last norm, its result lies beside what is saved and what went into
-        the MLP, the sum and, but for DistilBERT, the last layer.
+        When it is computed, up to its last norm, its result lies beside what is saved and what went into it, the MLP,
+        the sum and, but for DistilBERT, the last layer.
         """
         shape, layout, names = self.shape, self.layout, self.names
+        entering = x
         x = self.norm(self.add(self._attention(x), x), names.first_norm)
         wide = self.activation(self.linear(x, shape.hidden, shape.ffn, self.weight(names.up)), layout.activation)
         made = self.dropout(self.linear(wide, shape.ffn, shape.hidden, self.weight(names.down)), layout.dropout)
         y = self.norm(self.add(made, x), names.second_norm)
-        self.tape.reach(y.num_bytes, x, made, *(() if layout.label_head == "distilbert" else (wide,)))
+        self.tape.reach(y.num_bytes, entering, x, made, *(() if layout.label_head == "distilbert" else (wide,)))
         return y
 
     def _parallel(self, x: Value) -> Value:

@@ -58,6 +58,7 @@ OPTIMIZERS: Mapping[str, tuple[int, int, int]] = {
     "asgd": (1, 3, 0),
 }
 FUSED = ("adamw", "sgd")
+SAMPLED_NUMEL = 2**20  # numbers that sampled products hold at once; the plain form gathers as many, twice
 SEGMENT_BYTES = 2 * MIB  # PyTorch, c10/cuda/CUDACachingAllocator.cpp
 
 
@@ -207,6 +208,17 @@ def gather_bytes(num_active: int, element_bytes: int, *, by_rows: bool = False) 
     return (element_bytes + copy + (FP32_BYTES if by_rows else 0)) * num_active
 
 
+def sampling_bytes(num_active: int, tokens: int, element_bytes: int) -> int:
+    """Return what the products of the trained entries alone take, a number a token, in as many parts as hold enough.
+
+    Of each entry and token of a part both factors and their product, one factor and the product in fp32; in 16 bit the
+    factors of the part before are still there while those of the next are made. A GPU's kernel takes less.
+    """
+    part = min(num_active, max(1, SAMPLED_NUMEL // tokens))
+    again = element_bytes if element_bytes != FP32_BYTES and part < num_active else 0
+    return (2 * FP32_BYTES + element_bytes + again) * part * tokens
+
+
 def adding_bytes(num_active: int, element_bytes: int, *, by_rows: bool = False) -> int:
     """Return what adding the values to a dequantised weight takes: int64 positions, entries and sums, in fp32 and not.
 
@@ -247,15 +259,6 @@ def topk_bytes(numel: int, num_active: int, element_bytes: int) -> int:
 def draw_bytes(numel: int, num_active: int) -> int:
     """Return what drawing positions at random takes, in main memory: a permutation in int64 and its sorted part."""
     return INT64_BYTES * (numel + 2 * num_active)
-
-
-def global_choice_bytes(num_active: int, element_bytes: int) -> int:
-    """Return what one choice over all weights keeps while they come: up to twice the budget, and the search beside it.
-
-    Of each entry its position, what it ranks by in fp32 and its gradient; the ranks joined, and an int64 place of each
-    one chosen.
-    """
-    return 2 * (FP32_BYTES + FP32_BYTES + element_bytes + FP32_BYTES) * num_active + INT64_BYTES * num_active
 
 
 def settled_bytes(num_active: int, target_numel: int, reselections: int, element_bytes: int) -> int:
@@ -319,6 +322,15 @@ def replacing_bytes(size: int) -> int:
     the moments made of them and their parts that are new, and three states that take the place of the old.
     """
     return (10 * INT64_BYTES + 10 * FP32_BYTES) * size
+
+
+def replacing_together_bytes(size: int, most: int) -> int:
+    """Return what it takes among all `size` entries as one, of which `most` lie in one tensor.
+
+    While positions are exchanged nine of those in int64, four in fp32 and masks; while those of a tensor are written,
+    80 bytes of each of all, and what a tensor's own take: places, moments and states.
+    """
+    return max(92 * size, 80 * size + (4 * INT64_BYTES + 3 * FP32_BYTES) * most)
 
 
 def growing_bytes(size: int, left: int) -> int:

@@ -212,6 +212,11 @@ def is_embedding(name: str) -> bool:
     return name.endswith((*EMBEDDINGS, *_POSITIONS))
 
 
+def is_before_blocks(name: str) -> bool:
+    """Return whether a parameter lies before the blocks: an embedding, or the norm over their sum (BERT)."""
+    return is_embedding(name) or ".embeddings.LayerNorm." in name
+
+
 def is_last_norm(name: str) -> bool:
     """Return whether a parameter is the scale of the norm after the last block."""
     return layer_number(name) is None and name.endswith(_LAST_NORMS)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.planner import activations, formulas, output_layer
+from engine.planner.formulas import FP32_BYTES
+from engine.planner.one_budget import OneBudget
 from engine.planner.steps import Moment, pass_of
 from engine.planner.workload import Workload
 from engine.spec import BASELINES, SPIEL_METHODS
@@ -22,7 +24,7 @@ def run_moments(work: Workload) -> list[Moment]:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     # The gradients are dropped before the weights take the new values and entries are replaced.
     dropped = {"gradients": work.gradients_bytes}
-    after = max(formulas.write_back_bytes(work.active, e), _replacing_bytes(work))
+    after = max(formulas.write_back_bytes({"": work.most_active}, e), _replacing_bytes(work))
     steps = [Moment("optimizer step", 0, work.update_bytes, {}), Moment("optimizer step", 0, after, dropped)]
     return [*moments, *steps, *selection_moments(work)]
 
@@ -32,8 +34,9 @@ def _replacing_bytes(work: Workload) -> int:
     if work.spec.method not in SPIEL_METHODS:
         return 0
     if work.spec.method == "spiel-ag":
-        together = work.spec.allocation == "global"
-        return formulas.replacing_bytes(work.num_active if together else max(work.sizes))
+        if work.together:
+            return formulas.replacing_together_bytes(work.num_active, work.most_active)
+        return formulas.replacing_bytes(max(work.sizes))
     growing = zip(work.sizes, (0, *work.sizes), strict=False)
     return max(formulas.growing_bytes(size, left) for size, left in growing)
 
@@ -56,24 +59,53 @@ def selection_moments(work: Workload) -> list[Moment]:
     if method in ("random", "spiel-ma"):
         drawn = formulas.draw_bytes(numel, count) if work.on_cpu else 0
         return [Moment("selection", 0, drawn, {} if method == "spiel-ma" else unseeded)]
-    together = formulas.global_choice_bytes(work.num_active, e) if work.spec.allocation == "global" else 0
+    if work.together:
+        return _one_choice(work, unseeded)
     if method == "magnitude":
-        drawn = 2 * e * numel + formulas.topk_bytes(numel, count, e) + together
-        return [Moment("selection", 0, drawn, unseeded)]
+        return [Moment("selection", 0, 2 * e * numel + formulas.topk_bytes(numel, count, e), unseeded)]
     if work.selection_micro_steps == 1:
-        steps = pass_of(work, "choosing").moments(together)
+        steps = pass_of(work, "choosing").moments()
         if method == "spiel-ag":
             steps = [_without(moment, {"gradients": work.candidate_sums_bytes}) for moment in steps]
     else:
         # The sums lie in main memory; each tensor's is brought to the device when its entries are chosen.
-        steps = [_chosen_by_sums(work, together)]
-        if work.on_cpu:
-            gathering, missing = pass_of(work, "gathering").moments(work.summed_bytes), _unchosen(work, [*work.numels])
-            steps += [replace(step, without={**missing, **step.without}) for step in gathering]
+        steps = [_chosen_by_sums(work), *_summing(work)]
     # Those who choose again do so beside the states; the others once, before there are any.
-    again = method == "spiel-ag" or work.spec.reselection_period is not None
-    without = {} if again else unseeded
+    without = {} if work.chooses_anew else unseeded
     return [_without(step, without) for step in steps]
+
+
+def _summing(work: Workload) -> list[Moment]:
+    """The backwards whose dense gradients, or their squares, are summed up in main memory."""
+    squared = work.spec.method == "fisher"
+    if not (work.on_cpu or squared):  # no more than where entries are gathered
+        return []
+    summing = pass_of(work, "summing" if squared else "gathering")
+    steps, missing = summing.moments(work.summed_bytes if work.on_cpu else 0), _unchosen(work, [*work.numels])
+    return [replace(step, without={**missing, **step.without}) for step in steps]
+
+
+def _one_choice(work: Workload, unseeded: Mapping[str, int]) -> list[Moment]:
+    """The choice over all targets: while they come, and in the end, before any entries are placed."""
+    (numel, _), e, method = work.largest, work.setting.element_bytes, work.spec.method
+    summed = method != "magnitude" and work.selection_micro_steps > 1
+    wide = FP32_BYTES if summed or method == "fisher" else e
+    budget = OneBudget(work.num_active, sum(work.numels.values()), wide)
+    if summed:
+        # A sum goes when its weight was taken in.
+        sums = max(0, work.summed_bytes - FP32_BYTES * budget.kept) if work.on_cpu else FP32_BYTES * numel
+        coming = _summing(work)
+    elif method == "magnitude":
+        sums, coming = e * numel, []
+    else:
+        sums, coming = 0, pass_of(work, "choosing").moments(choice=budget.kept_bytes)
+    missing = _unchosen(work, [*work.numels])
+    taken = [budget.finishing_bytes]
+    if summed or method == "magnitude":
+        taken.append(sums + budget.kept_bytes + budget.adding_bytes(numel))
+    chosen = [Moment("selection", 0, each, missing) for each in taken]
+    without = {} if work.chooses_anew and method != "magnitude" else unseeded
+    return [_without(step, without) for step in (*coming, *chosen)]
 
 
 def _without(step: Moment, parts: Mapping[str, int]) -> Moment:
@@ -82,8 +114,8 @@ def _without(step: Moment, parts: Mapping[str, int]) -> Moment:
     return Moment("selection", step.saved, step.transient, missing)
 
 
-def _chosen_by_sums(work: Workload, together: int) -> Moment:
-    """The choice in the last of the largest targets, beside what those before it left; `together`: of one budget."""
+def _chosen_by_sums(work: Workload) -> Moment:
+    """The choice in the last of the largest targets, beside what those before it left."""
     (numel, count), spec = work.largest, work.spec
     missing = _unchosen(work, work.yet_to_choose)
     if spec.method == "spiel-ag":
@@ -95,10 +127,8 @@ def _chosen_by_sums(work: Workload, together: int) -> Moment:
             missing["gradients"] = formulas.gradients_bytes(work.num_active)
         if spec.reselection_period is None:
             left += work.placed_bytes(work.targets.largest)
-    if spec.allocation == "global":  # none is placed before all are scored
-        left, missing = 0, {}
-    top = formulas.choosing_bytes(numel, count, formulas.FP32_BYTES, squared=False, left=left) + together
-    top += work.summed_bytes if work.on_cpu else formulas.FP32_BYTES * numel
+    top = formulas.choosing_bytes(numel, count, FP32_BYTES, squared=False, left=left)
+    top += work.summed_bytes if work.on_cpu else FP32_BYTES * numel
     return Moment("selection", 0, top, missing)
 
 
@@ -134,4 +164,4 @@ def _selection_host_bytes(work: Workload) -> int:
         return formulas.draw_bytes(numel, count)
     if method == "magnitude" or work.selection_micro_steps == 1:
         return settled
-    return work.summed_bytes + formulas.FP32_BYTES * numel + settled
+    return work.summed_bytes + FP32_BYTES * numel + settled

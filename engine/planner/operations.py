@@ -51,7 +51,7 @@ class Adapter:
 class LinearWeight:
     """The weight of a linear layer: entries; whether it is stored in NF4; what of it is trained, or beside it.
 
-    `adding`: bytes that adding the values to a dequantised weight takes.
+    `adding`: bytes that adding the values to a dequantised weight takes. `biased`: whether the layer's bias is trained.
     """
 
     numel: int
@@ -59,6 +59,7 @@ class LinearWeight:
     trained: Weight | None = None
     adapter: Adapter | None = None
     adding: int = 0
+    biased: bool = False
 
 
 class Operations:
@@ -112,7 +113,8 @@ class Operations:
     def layer_norm(self, x: Value, name: str) -> Value:
         """The fused kernel: keeps x as it is, mean and reciprocal deviation in fp32, 8 T."""
         stats = Held(2 * FP32_BYTES * self.tokens)
-        y = self.tape.op(x.num_bytes, [x], [x, stats], weight=self.trained.get(name))
+        biased = f"{name}.bias" in self.trained
+        y = self.tape.op(x.num_bytes, [x], [x, stats], weight=self.trained.get(name), biased=biased)
         if self.kept.lean and name not in self.trained:
             y.source, y.made = (x.held,), y.num_bytes
         return y
@@ -128,7 +130,7 @@ class Operations:
         if adapter is not None and not adapter.rank and adapter.scales_input:
             x = self._ia3(x, inputs, adapter)
         if weight.trained is None:
-            y = self.tape.op(num_bytes, [x], scratch=rebuilt)
+            y = self.tape.op(num_bytes, [x], scratch=rebuilt, biased=weight.biased)
         elif weight.quantised:
             y = self.tape.op(num_bytes, [x], scratch=rebuilt + weight.adding, weight=weight.trained, reads=x)
         else:

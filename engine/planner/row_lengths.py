@@ -3,6 +3,8 @@
 A worker counts the rows that it trains on; for Setup the process that traces does it beforehand.
 """
 
+import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from engine.runs import read_json
 from engine.spec import RunSpec, about
 
 _FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that decide, beside those of the data
+
+PASSING_S = 600.0  # until what passes by itself is tried again
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def why_uncounted(spec: RunSpec) -> str:
     Raises:
         ModelError: the model cannot be found.
     """
-    return str(read_json(_path(spec)).get("uncounted", "")) or why_refused(spec)
+    found = read_json(_path(spec))
+    return "" if found.get("until", math.inf) < time.time() else str(found.get("uncounted", "")) or why_refused(spec)
 
 
 def why_refused(spec: RunSpec) -> str:
@@ -64,9 +69,13 @@ def keep_lengths(spec: RunSpec, lengths: RowLengths) -> None:
     keep(_path(spec), asdict(lengths))
 
 
-def keep_uncounted(spec: RunSpec, why: str, *, refused: bool = False) -> None:
-    """Write what `why_uncounted` or `why_refused` reads, so that nobody tries again before the files change."""
-    keep(_path(spec), {"refused" if refused else "uncounted": why})
+def keep_uncounted(spec: RunSpec, why: str, *, refused: bool = False, passes: bool = False) -> None:
+    """Write what `why_uncounted` or `why_refused` reads, so that nobody tries again before the files change.
+
+    What `passes` by itself, as a Hub that does not answer, holds for some minutes.
+    """
+    until = {"until": time.time() + PASSING_S} if passes else {}
+    keep(_path(spec), {"refused" if refused else "uncounted": why, **until})
 
 
 def _path(spec: RunSpec) -> Path:

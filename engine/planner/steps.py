@@ -69,7 +69,7 @@ class Pass:
 
         Args:
             work: what runs.
-            taking: what becomes of dense gradients: the entries' are gathered, or the entries are chosen by them.
+            taking: what becomes of dense gradients; see `Taking`.
         """
         self._work, self._taking = work, taking
         self._first = taking == "choosing" or work.spec.gradient_accumulation == 1
@@ -84,7 +84,7 @@ class Pass:
         if not self._first:
             return {}
         parts = {"gradients": work.gradients_bytes}
-        if self._taking == "gathering":
+        if self._taking != "choosing":
             return parts
         if work.spec.method == "spiel-ag":
             parts["gradients"] += work.candidates_bytes - work.candidate_sums_bytes
@@ -178,19 +178,22 @@ class Pass:
         """What the last norm and the output layer keep."""
         return 0 if self._head is None else self._head.saved
 
-    def moments(self, extra: int = 0) -> list[Moment]:
+    def moments(self, extra: int = 0, choice: int = 0) -> list[Moment]:
         """Return the loss, the output layer's backward, and that of each block and of the embedding.
 
-        `extra`: bytes of what else lies in memory meanwhile.
+        `extra`: bytes of what else lies in memory meanwhile; `choice`: once gradients of weights came.
         """
         work, setting = self._work, self._work.setting
         shape, e = work.shape, setting.element_bytes
         walk = _Walk(self.blocks_saved + self.head_saved, self._coming, extra)
+        if self._runs and not self._runs[0].again:  # the last block, which comes first in the backward
+            walk.at("forward", self._runs[0].segment.forward_peak - self._runs[0].kept - self.head_saved)
         if work.chunks_loss:
             self._chunked_loss(walk)
         else:
             walk.at("loss", activations.loss_transient_bytes(shape.vocabulary, work.predictions))
             walk.moving = e * work.predictions * shape.vocabulary
+        walk.extra += choice
         if self._head is not None:
             waiting = self._taken.outside[shape.head or ""].dense if self._ties and not work.chunks_loss else 0
             walk.over("backward of the output layer", self._head, self._head.saved, again=False, waiting=waiting)
@@ -245,14 +248,14 @@ class _Walk:
 
     def __init__(self, saved: int, coming: Mapping[str, int], extra: int) -> None:
         self.saved, self.moving, self.moments = saved, 0, list[Moment]()
-        self._coming, self._left, self._extra = coming, 0, extra
+        self._coming, self._left, self.extra = coming, 0, extra
 
     def at(self, phase: str, moving: int) -> None:
         """Note a moment with `moving` bytes beside what is saved."""
         total = sum(self._coming.values())
         missing = 1 - min(1.0, self._left / total) if total else 0.0
         without = {part: int(missing * size) for part, size in self._coming.items()}
-        moving += self._extra
+        moving += self.extra
         # Below zero: the backward has freed more than it made, and the saved part is smaller by that.
         self.moments.append(Moment(phase, self.saved + min(moving, 0), max(moving, 0), without))
 

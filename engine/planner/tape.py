@@ -104,6 +104,7 @@ class Tape:
         keeps_result: bool = False,
         weight: Weight | None = None,
         reads: Value | None = None,
+        biased: bool = False,
     ) -> Value:
         """Note an operation; return its result.
 
@@ -116,8 +117,9 @@ class Tape:
             keeps_result: whether the backward needs the result.
             weight: a trained weight that it multiplies by.
             reads: a value that its backward reads, be it kept or made again.
+            biased: whether it adds a trained bias, for which the gradient comes here whatever the inputs need.
         """
-        wanted = weight is not None or any(value.wanted for value in inputs)
+        wanted = biased or weight is not None or any(value.wanted for value in inputs)
         result = Value(num_bytes, Held(num_bytes), wanted)
         if wanted:
             kept = (*keeps, result) if keeps_result else keeps
@@ -144,7 +146,7 @@ class Tape:
 
     def reach(self, beside: int, *values: Value) -> None:
         """Say that the forward holds `beside` bytes for a moment, and `values`, beside what is saved by now."""
-        unsaved = sum(value.num_bytes for value in values if value.held not in self._kept)
+        unsaved = sum(each.num_bytes for each in values if not (each.held.outside or each.held in self._kept))
         self.forward_peak = max(self.forward_peak, self.saved_bytes + beside + unsaved)
 
     def backward(self, result: Value, buffer: int = 0) -> Backward:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from engine.planner import formulas
 from engine.planner.encoders import is_pooler
-from engine.planner.layouts import is_embedding
+from engine.planner.layouts import is_before_blocks
 from engine.planner.shape import ModelShape, target_tensors
 from engine.targets import adapted_weights, is_linear_layer, layer_number, num_active_of
 
@@ -19,7 +19,7 @@ class TargetSizes:
 
     `accumulators`: rows and columns of all targets, each seen as a matrix whose columns are its last dimension.
     `lowest`: the first block that a gradient reaches; there is none above the last one. `embedding`: whether one of
-    tokens or positions is among them. `functions`: names of plain linear layers.
+    tokens or positions, or a norm over them, is among them. `functions`: names of plain linear layers.
     `outside`: of targets outside the blocks. `alike`: for each block the first one with weights of the same names and
     sizes, of which the same are targets.
     """
@@ -88,7 +88,7 @@ def sizes_of(shape: ModelShape, targets: str | tuple[str, ...], adapter: Literal
     layer_of = {name: layer_number(name) for name in numels}
     layers = [layer for layer in layer_of.values() if layer is not None]
     outside = tuple(name for name, layer in layer_of.items() if layer is None)
-    embedding = any(is_embedding(name) for name in numels)
+    embedding = any(is_before_blocks(name) for name in numels)
     lowest = 0 if embedding else min(layers, default=shape.layers)
     plain = () if shape.layout.transposed else (name for name, sizes in tensors.items() if is_linear_layer(name, sizes))
     largest = max(reversed([*numels]), key=lambda name: numels[name])

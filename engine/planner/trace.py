@@ -36,10 +36,12 @@ from engine.planner.ledger import (
     Ledger,
     add_up,
 )
+from engine.planner.one_budget import one_budget_bytes
 from engine.planner.scenario import Scenario
 from engine.planner.short_run import rows, traced_spec
 from engine.planner.stand_in import standing_for
 from engine.planner.storages import StorageMeter
+from engine.planner.workload import CHOOSING
 from engine.sparse.attach import SparseTuning
 from engine.sparse.base_weight import base_weights, packed_tensors
 from engine.sparse.optim import SparseAdamW
@@ -56,6 +58,9 @@ from engine.train.tuning import Tuning, start_tuning
 def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding: int = ROUNDING_BYTES) -> Figures:
     """Return what a run of `spec` on `device` holds in memory.
 
+    How one budget over all weights (`allocation: global`) falls hangs on numbers that a trace has not. It takes equal
+    shares, and beside them, all the time, the most that the choice, or a weight that gets all it can, takes more.
+
     Args:
         spec: rows are taken as `sequence_length` long.
         device: the target; its kind decides the kernels and whether main memory is another memory.
@@ -71,13 +76,17 @@ def trace(spec: RunSpec, device: Device, *, padded: bool | None = None, rounding
 
 def trace_events(spec: RunSpec, device: Device, *, padded: bool | None = None) -> Ledger:
     """Return the life of every storage of a run of `spec` on `device`; see `trace`."""
-    spec = traced_spec(spec)
+    asked, spec = spec, traced_spec(spec)
     target = torch.device("cpu" if device.is_cpu else "cuda")
     model, head = (
         describe_classifier(spec, target) if spec.task == "classification" else (describe_model(spec, target), ())
     )
     scenario = Scenario(_grown_by_rows(model, spec), on_cpu=device.is_cpu)
     meter = StorageMeter(scenario, workspaces=not device.is_cpu)
+    if asked.allocation == "global" and asked.method in CHOOSING:
+        weights = {name: weight for name, weight in base_weights(model).items() if name not in head}
+        gathered = one_budget_bytes(asked, {name: tuple(weight.shape) for name, weight in weights.items()}, device)
+        meter.ledger.open(gathered, "one budget", "", "transients")
     with standing_for(device.is_cpu):
         record(model, spec, meter, rows(spec, spec.micro_batch_size > 1 if padded is None else padded), head)
     if spec.offload_states and not device.is_cpu:

@@ -62,7 +62,8 @@ def _count(request: dict[str, Any]) -> dict[str, Any]:
     try:
         lengths = count_rows(spec, load_tokenizer(spec), TOKENISED_ROWS)
     except EngineError as error:
-        keep_uncounted(spec, str(error), refused=isinstance(error, DatasetError))
+        passes = not isinstance(error, DatasetError | ModelError)  # of what lies in files
+        keep_uncounted(spec, str(error), refused=isinstance(error, DatasetError), passes=passes)
     else:
         keep_lengths(spec, lengths)
     return {}

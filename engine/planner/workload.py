@@ -23,6 +23,7 @@ from engine.spec import BASELINES, SELECTING, RunSpec
 from engine.spec_rules import entries_move, optimizer_of
 from engine.targets import adapter_numel
 
+CHOOSING = (*SELECTING, "magnitude", "spiel-ag")  # that read numbers for it
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -62,6 +63,21 @@ class Workload:
         """
         names = [*self.numels]
         return tuple(names[names.index(self.targets.largest) :])
+
+    @property
+    def together(self) -> bool:
+        """Whether entries are chosen over all targets, so that the budget may gather in one of them."""
+        return self.spec.allocation == "global" and self.spec.method in CHOOSING
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether the entries are there already where they are chosen by gradients, as of the choice before."""
+        return self.spec.method == "spiel-ag" or self.spec.reselection_period is not None
+
+    @property
+    def most_active(self) -> int:
+        """The most trained entries of one tensor that the optimizer sees."""
+        return min(self.num_active, max(self.numels.values())) if self.together else max(self.sizes)
 
     @property
     def adapted(self) -> bool:
@@ -186,9 +202,7 @@ class Workload:
     @property
     def update_bytes(self) -> int:
         """What the optimizer's step takes beside what stays; of states in main memory, those of three tensors."""
-        spec, largest = self.spec, max(self.sizes)
-        if spec.allocation == "global":  # the budget may gather in one tensor
-            largest = min(self.num_active, max(self.numels.values()))
+        spec, largest = self.spec, self.most_active
         brought = 3 * self._states_of((largest,)) if self.offloaded else 0
         return brought + formulas.update_bytes(
             largest,
@@ -250,7 +264,7 @@ class Workload:
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the embedding of tokens or positions is a target, so that a gradient goes through all blocks."""
+        """Whether an embedding or the norm over it is a target, so that a gradient goes through all blocks."""
         return self.targets.embedding
 
     @property

@@ -17,12 +17,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from engine.planner.formulas import SAMPLED_NUMEL
 from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
 from engine.sparse.positions import FlatPositions, Positions
 
 _LOG = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know; sums are in fp32
-SAMPLED_NUMEL = 2**20  # numbers that sampled products hold at once; the plain form gathers as many, twice
 Change = tuple[Positions, Tensor]  # and values (n,)
 Found = TypeVar("Found")
 

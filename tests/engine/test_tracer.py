@@ -106,6 +106,16 @@ def _as_family(spec: RunSpec, family: str, **changes: object) -> RunSpec:
     return spec.model_copy(update={"device": "cpu"})
 
 
+def test_what_no_run_can_load_is_refused_where_nothing_can_be_kept(
+    spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "file"))
+    albert = _as_family(spec, "albert", embedding_size=64)
+    with Tracer() as tracer, pytest.raises(ModelError, match="gradient_checkpointing must be false"):
+        tracer.plan(albert.model_copy(update={"task": "classification", "gradient_checkpointing": True}))
+
+
 def test_what_cannot_be_traced_leaves_the_estimate(spec: RunSpec, tracer: Tracer) -> None:
     small = _as_family(spec, "jetmoe", num_local_experts=4)  # its routing hangs on numbers
     plan = tracer.plan(small)

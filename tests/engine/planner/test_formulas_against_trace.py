@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 GROWN: dict[str, Any] = {"gradient_checkpointing": True, "chunked_loss": True, "sequence_length": 128, "density": 0.1}
 
 
+ALONE: dict[str, Any] = {"chunked_loss": True, "sequence_length": 128}
 LEAN: dict[str, dict[str, Any]] = {
     "elementwise": {"recompute": "elementwise", "gradient_way": "dense"},
     "mlp": {"recompute": "mlp", "recompute_blocks": 2, "chunked_loss": True, "targets": "attention"},
@@ -121,3 +122,17 @@ def test_what_is_reserved_is_within_5_percent_of_the_allocator(
         (plan.minimum_bytes, found.minimum_bytes),
     ):
         assert planned - plan.parts["workspace"] == pytest.approx(replayed, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["random", "spiel-ag"])
+def test_so_are_gradients_by_sampled_products(method: str, tmp_path: Path) -> None:
+    fields = {"method": method, "gradient_way": "sampled", "targets": "attention", "density": 0.5, **ALONE}
+    _, error = _errors(tmp_path, "llama", "plain", **fields)
+    assert abs(error) <= 0.01
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_trained_biases_let_the_first_block_keep_its_share(family: str, tmp_path: Path) -> None:
+    """Little is kept then, and the forward of the last block may hold the most."""
+    _, error = _errors(tmp_path, family, "plain", **{**ALONE, "targets": ("*bias*",), "task": "classification"})
+    assert abs(error) <= 0.03

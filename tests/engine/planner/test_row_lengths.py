@@ -1,13 +1,17 @@
 """How long a dataset's rows are: counted once, for as long as its files stay as they are."""
 
 import json
+import sys
+import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from engine.errors import DatasetError
 from engine.planner.plan import make_plan
-from engine.planner.row_lengths import RowLengths, keep_lengths, known_lengths, why_uncounted
+from engine.planner.row_lengths import PASSING_S, RowLengths, keep_lengths, keep_uncounted, known_lengths, why_uncounted
+from engine.planner.trace_worker import main
 from engine.spec import RunSpec
 from engine.tracer import Tracer
 from engine.workers import start_run
@@ -45,6 +49,20 @@ def test_a_dataset_that_cannot_be_counted_is_not_tried_twice(spec: RunSpec, trac
     other = Tracer()
     assert other.count(spec) is None
     assert other._process is None  # nobody was asked
+
+
+def test_what_passes_by_itself_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    away = spec.model_copy(update={"model": "owner/not-here"})
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # which the process of traces takes for itself
+    assert main(StringIO(json.dumps({"spec": away.model_dump(mode="json")})), StringIO()) == 0
+    assert "owner/not-here" in why_uncounted(away)
+    later = time.time() + PASSING_S + 1
+    monkeypatch.setattr("time.time", lambda: later)
+    assert why_uncounted(away) == ""
+    keep_uncounted(away, "nothing to read")
+    later += 1e9
+    assert why_uncounted(away) == "nothing to read"
 
 
 def test_no_run_is_made_of_rows_that_are_known_to_be_too_long(spec: RunSpec, tracer: Tracer, tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from engine.errors import ModelError
 from engine.hardware import Device
 from engine.models import load_classifier, load_model
+from engine.planner.estimate import estimate
 from engine.planner.ledger import Figures, add_up
-from engine.planner.trace import count_real, trace
+from engine.planner.shape import read_shape
+from engine.planner.short_run import rows, traced_spec
+from engine.planner.storages import StorageMeter
+from engine.planner.trace import count_real, record, trace
 from engine.spec import RunSpec
 from engine.units import GIB
 
@@ -181,3 +185,16 @@ def test_llama_7b_in_eager_attention_holds_what_the_paper_says(tmp_path: Path) -
 def test_ways_that_hang_on_numbers_take_what_the_trace_says_at_most(method: str, folder: Any) -> None:
     traced, real = _both(_spec(folder("llama"), method=method, gradient_way="compaction"))
     assert real.peak.total <= 1.01 * traced.peak.total
+
+
+@pytest.mark.parametrize("density", [0.1, 0.7])
+@pytest.mark.parametrize("method", ["sift", "fisher", "magnitude", "spiel-ag"])
+def test_neither_trace_nor_plan_is_below_a_run_with_one_budget(method: str, density: float, folder: Any) -> None:
+    spec = _spec(folder("llama"), method=method, density=density, allocation="global", sequence_length=16)
+    short, meter = traced_spec(spec).model_copy(update={"allocation": "global"}), StorageMeter()
+    record(load_model(spec, torch.device("cpu")), short, meter, rows(short, padded=False))
+    real = add_up(meter.ledger, 0, host_apart=False).peak.total
+    plan = estimate(spec, read_shape(spec.model), CPU)
+    planned = plan.peak_bytes - plan.parts["workspace"] - plan.parts["context"]
+    assert 0.99 * real <= planned <= 1.15 * real
+    assert trace(spec, CPU, rounding=0).peak.total >= 0.99 * real
