@@ -7,6 +7,12 @@ from engine.spec import BASELINES, SELECTING, OptimizerName, Role, RunSpec
 _OWN_STATES = {"sm3": "keeps one number a row and a column", "sgd": "keeps no states"}
 
 
+def choosing_micro_steps(spec: RunSpec) -> int:
+    """Return the micro-batches, of all processes, whose gradient chooses; for SpIEL-AG's candidates a whole step's."""
+    chosen = None if spec.method == "spiel-ag" else spec.selection_micro_steps
+    return chosen or spec.gradient_accumulation * spec.num_processes
+
+
 def optimizer_of(spec: RunSpec) -> OptimizerName:
     """Return the optimizer of a run, with `auto` resolved."""
     if spec.optimizer != "auto":

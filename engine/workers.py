@@ -288,11 +288,12 @@ def take_back(run: Run) -> None:
     Raises:
         DatasetError: so it was; the sentence says why.
     """
-    if read_status(run).state != "failed" or any(isinstance(each.event, DataPrepared) for each in read_events(run)[0]):
+    status = read_status(run)
+    if status.state != "failed" or any(isinstance(each.event, DataPrepared) for each in read_events(run)[0]):
         return
-    if why := why_refused(read_spec(run)):
+    if status.detail and status.detail == why_refused(read_spec(run)):
         delete_run(run)
-        raise DatasetError(why)
+        raise DatasetError(status.detail)
 
 
 def finish_report(run: Run) -> dict[str, Any]:

@@ -59,8 +59,7 @@ class PreparedData:
     @property
     def row_lengths(self) -> RowLengths:
         """How long the rows to train on are."""
-        lengths = self.training.lengths
-        return RowLengths(len(lengths), int(lengths.max()), float(lengths.mean()))
+        return RowLengths.of(self.training.lengths)
 
 
 @dataclass(frozen=True)

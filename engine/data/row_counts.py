@@ -37,8 +37,7 @@ def count_rows(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", at_most: int
         found = tokenise(rows)
         if not len(found.examples):
             raise DatasetError(explain_no_rows(source, found.counts))
-        lengths = found.examples.lengths
-        return RowLengths(len(lengths), int(lengths.max()), float(lengths.mean()))
+        return RowLengths.of(found.examples.lengths)
     sizes = np.array([_text_bytes(row, source, row_format) for row in iterate_rows(rows)])
     order = sizes.argsort(kind="stable")[::-1]
     half = at_most // 2

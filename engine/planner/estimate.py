@@ -114,7 +114,7 @@ def estimate(spec: RunSpec, shape: ModelShape, device: Device) -> Plan:
     tried: dict[tuple[str, int | None], Plan] = {}
 
     def fits(step: RunSpec) -> bool:
-        plan = tried[step.recompute, step.recompute_blocks] = estimate(step, shape, device)
+        plan = tried[step.recompute, step.recompute_blocks] = _estimate(step, shape, device)
         return plan.verdict == "fits"
 
     spec = recompute.resolved(spec, shape.family, shape.layers, fits)

@@ -280,13 +280,13 @@ def accumulated_gradient_bytes(numels: Mapping[str, int]) -> int:
     return FP32_BYTES * sum(numels.values())
 
 
-def write_back_bytes(num_active: Mapping[str, int], element_bytes: int) -> int:
-    """Return what an optimizer step takes beside what stays: the fused update nothing, the write-back one tensor's.
+def write_back_bytes(num_active: int, element_bytes: int) -> int:
+    """Return what writing `num_active` values of one tensor into its weight takes.
 
     Of each trained entry its int64 position, the sum in fp32 and, in 16 bit, the rounded sum.
     """
     rounded = element_bytes if element_bytes != FP32_BYTES else 0
-    return (INT64_BYTES + FP32_BYTES + rounded) * max(num_active.values())
+    return (INT64_BYTES + FP32_BYTES + rounded) * num_active
 
 
 def update_bytes(

@@ -24,7 +24,7 @@ def run_moments(work: Workload) -> list[Moment]:
         return [*moments, Moment("optimizer step", 0, work.update_bytes, {})]
     # The gradients are dropped before the weights take the new values and entries are replaced.
     dropped = {"gradients": work.gradients_bytes}
-    after = max(formulas.write_back_bytes({"": work.most_active}, e), _replacing_bytes(work))
+    after = max(formulas.write_back_bytes(work.most_active, e), _replacing_bytes(work))
     steps = [Moment("optimizer step", 0, work.update_bytes, {}), Moment("optimizer step", 0, after, dropped)]
     return [*moments, *steps, *selection_moments(work)]
 

@@ -10,7 +10,7 @@ from engine.planner.formulas import FP32_BYTES, INT64_BYTES
 from engine.planner.headers import Shape
 from engine.planner.workload import ELEMENT_BYTES, dtype_of
 from engine.spec import RunSpec
-from engine.spec_rules import entries_move, optimizer_of
+from engine.spec_rules import choosing_micro_steps, entries_move, optimizer_of
 from engine.targets import match_targets, num_active_of
 
 
@@ -75,7 +75,7 @@ def one_budget_bytes(spec: RunSpec, tensors: Mapping[str, Shape], device: Device
     numels = {name: math.prod(tensors[name]) for name in match_targets(tensors, spec.targets)}
     total = sum(num_active_of(numels, spec.density, spec.num_trainable).values())
     most, e = min(total, max(numels.values())), ELEMENT_BYTES[dtype_of(spec, device)]
-    summed = spec.method == "fisher" or (spec.selection_micro_steps or spec.gradient_accumulation) > 1
+    summed = spec.method == "fisher" or choosing_micro_steps(spec) > 1
     compact, eight_bit = spec.optimizer_states == "compact", spec.optimizer_states != "float32"
     ages = optimizer_of(spec) == "adamw" and entries_move(spec)
     budget = OneBudget(total, sum(numels.values()), FP32_BYTES if summed else e)
@@ -83,7 +83,7 @@ def one_budget_bytes(spec: RunSpec, tensors: Mapping[str, Shape], device: Device
         budget.kept_bytes + budget.adding_bytes(max(numels.values())),
         budget.finishing_bytes,
         formulas.update_bytes(most, optimizer_of(spec), ages=ages, eight_bit=eight_bit, split=compact, decay=True),
-        formulas.write_back_bytes({"": most}, e),
+        formulas.write_back_bytes(most, e),
     ]
     if spec.gradient_way == "sampled":
         passing.append(formulas.sampling_bytes(most, spec.micro_batch_size * spec.sequence_length, e))

@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from engine.planner.kept import keep, kept_path
 from engine.planner.shape import resolve_model
@@ -15,8 +15,11 @@ from engine.presets import find_dataset
 from engine.runs import read_json
 from engine.spec import RunSpec, about
 
-_FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that decide, beside those of the data
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
+_FIELDS = ("task", "model", "model_revision", "sequence_length", "seed")  # that decide, beside those of the data
 PASSING_S = 600.0  # until what passes by itself is tried again
 
 
@@ -31,6 +34,11 @@ class RowLengths:
     longest: int
     mean: float
     estimated: bool = False
+
+    @classmethod
+    def of(cls, lengths: "NDArray[np.int64]") -> Self:
+        """Return those of rows that all were tokenised, (rows,) tokens of each, at least one."""
+        return cls(len(lengths), int(lengths.max()), float(lengths.mean()))
 
 
 def known_lengths(spec: RunSpec) -> RowLengths | None:
@@ -52,7 +60,8 @@ def why_uncounted(spec: RunSpec) -> str:
         ModelError: the model cannot be found.
     """
     found = read_json(_path(spec))
-    return "" if found.get("until", math.inf) < time.time() else str(found.get("uncounted", "")) or why_refused(spec)
+    passed = found.get("until", math.inf) < time.time()
+    return str(found.get("refused", "")) or ("" if passed else str(found.get("uncounted", "")))
 
 
 def why_refused(spec: RunSpec) -> str:
@@ -97,4 +106,4 @@ def _files(dataset: Path | None) -> list[Path]:
 
 def _stamp(file: Path) -> list[Any]:
     status = file.stat()
-    return [file.name, status.st_size, status.st_mtime_ns]
+    return [file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # the last one: who may read it

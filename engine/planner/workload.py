@@ -20,7 +20,7 @@ from engine.planner.target_sizes import (
     widths_of,
 )
 from engine.spec import BASELINES, SELECTING, RunSpec
-from engine.spec_rules import entries_move, optimizer_of
+from engine.spec_rules import choosing_micro_steps, entries_move, optimizer_of
 from engine.targets import adapter_numel
 
 CHOOSING = (*SELECTING, "magnitude", "spiel-ag")  # that read numbers for it
@@ -92,8 +92,7 @@ class Workload:
     @property
     def selection_micro_steps(self) -> int:
         """Micro-batches of all processes whose gradient chooses; SpIEL-AG's candidates come from a whole step."""
-        chosen = None if self.spec.method == "spiel-ag" else self.spec.selection_micro_steps
-        return chosen or self.spec.gradient_accumulation * self.spec.num_processes
+        return choosing_micro_steps(self.spec)
 
     @property
     def exchanged_bytes(self) -> int:

@@ -56,8 +56,8 @@ def test_sizes_of_the_trained_entries_are_hand_counted() -> None:
     assert formulas.optimizer_states_bytes([5000, 10], "adamw", ages=True, eight_bit=True) == (
         2 * (5000 + 4 * 20) + 2 * 5000 + (4 + 4 + 4) * 10
     )
-    assert formulas.write_back_bytes(active, 2) == 10 * (8 + 4 + 2)
-    assert formulas.write_back_bytes(active, 4) == 10 * (8 + 4)
+    assert formulas.write_back_bytes(max(active.values()), 2) == 10 * (8 + 4 + 2)
+    assert formulas.write_back_bytes(max(active.values()), 4) == 10 * (8 + 4)
     assert formulas.accumulated_gradient_bytes({"a": 3, "b": 4}) == 28
 
 

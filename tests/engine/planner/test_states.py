@@ -129,7 +129,7 @@ def test_the_write_back_takes_what_the_plan_says(dtype: torch.dtype) -> None:
     entry.place(torch.arange(50_000, dtype=torch.int32))
     with _LiveBytes() as live:
         entry.write_back()
-    assert live.peak == formulas.write_back_bytes({"w": 50_000}, weight.element_size())
+    assert live.peak == formulas.write_back_bytes(50_000, weight.element_size())
 
 
 @pytest.mark.parametrize(
