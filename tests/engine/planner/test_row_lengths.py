@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 
@@ -10,11 +11,20 @@ import pytest
 
 from engine.errors import DatasetError
 from engine.planner.plan import make_plan
-from engine.planner.row_lengths import PASSING_S, RowLengths, keep_lengths, keep_uncounted, known_lengths, why_uncounted
+from engine.planner.row_lengths import (
+    PASSING_S,
+    RowLengths,
+    keep_lengths,
+    keep_uncounted,
+    known_lengths,
+    why_refused,
+    why_uncounted,
+)
 from engine.planner.trace_worker import main
+from engine.runs import RunStatus, create_run, write_status
 from engine.spec import RunSpec
 from engine.tracer import Tracer
-from engine.workers import start_run
+from engine.workers import start_run, take_back
 
 pytestmark = pytest.mark.xdist_group("tracer")
 ROWS = [{"question": "How are you?", "answer": "Fine. " * number} for number in range(1, 41)]
@@ -63,6 +73,23 @@ def test_what_passes_by_itself_is_tried_again(spec: RunSpec, monkeypatch: pytest
     keep_uncounted(away, "nothing to read")
     later += 1e9
     assert why_uncounted(away) == "nothing to read"
+
+
+def test_what_is_kept_of_a_file_goes_when_its_rights_change(spec: RunSpec) -> None:
+    keep_uncounted(spec, "It cannot be read.", refused=True)
+    assert why_uncounted(spec) == why_refused(spec) == "It cannot be read."
+    Path(spec.dataset or "").chmod(0o600)
+    assert why_uncounted(spec) == why_refused(spec) == ""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_is_taken_back_for_its_own_reason_alone(spec: RunSpec, tmp_path: Path, own: bool) -> None:
+    keep_uncounted(spec, "There is nothing.", refused=True)
+    run = create_run(spec.model_copy(update={"output": str(tmp_path / "runs")}))
+    write_status(run, RunStatus("failed", detail="There is nothing." if own else "The card is gone."))
+    with pytest.raises(DatasetError, match="nothing") if own else nullcontext():
+        take_back(run)
+    assert run.path.exists() is not own
 
 
 def test_no_run_is_made_of_rows_that_are_known_to_be_too_long(spec: RunSpec, tracer: Tracer, tmp_path: Path) -> None:
