@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.kept import keep, say_versions
-from benchmarks.kernels import rebuilding_makers, sampling_makers
+from benchmarks.kernels import compaction_makers, rebuilding_makers, sampling_makers
 from benchmarks.subjects import (
     ATTENTION,
     CPU_SIZE,
@@ -95,6 +95,7 @@ COMPARISONS: dict[str, dict[str, Comparison]] = {
         "methods": Comparison(makers, CUDA_SIZE),
         "quantised": Comparison(quantised_makers, CUDA_SIZE),
         "recomputation": Comparison(recomputation_makers, LLAMA_7B, limit_gib=23.0, in_blocks=True),
+        "compaction": Comparison(compaction_makers, CUDA_SIZE),
         "sampling kernel": Comparison(sampling_makers, CUDA_SIZE),
         "rebuilding kernel": Comparison(rebuilding_makers, CUDA_SIZE),
     },

@@ -206,14 +206,18 @@ def chunked_loss(hidden: Tensor, ids: Tensor, layer: OutputLayer) -> Tensor:
 
 def draw_masks(tuning: SparseTuning, spread: float) -> None:
     """Place every weight's entries where |N| exp(spread (a_i + b_j) / sqrt 2) is largest, with normal a and b."""
-    device = tuning.entries[0].weight.device
-    generator = torch.Generator(device).manual_seed(0)
-    draw = partial(torch.randn, generator=generator, device=device)
+    generator = torch.Generator(tuning.entries[0].weight.device).manual_seed(0)
     for entry in tuning.entries:
         rows, columns = entry.weight.shape
-        sides = draw(rows, 1) + draw(1, columns)
-        scores = draw(rows, columns).abs_().mul_(torch.exp(spread * sides / 2**0.5))
-        entry.place(select_topk_indices(scores, entry.num_active))
+        entry.place(clustered_mask((rows, columns), entry.num_active, spread, generator))
+
+
+def clustered_mask(shape: tuple[int, int], count: int, spread: float, generator: torch.Generator) -> Tensor:
+    """Return where |N| exp(spread (a_i + b_j) / sqrt 2) is largest, (count,) flat positions, normal a and b."""
+    rows, columns = shape
+    draw = partial(torch.randn, generator=generator, device=generator.device)
+    sides = draw(rows, 1) + draw(1, columns)
+    return select_topk_indices(draw(rows, columns).abs_().mul_(torch.exp(spread * sides / 2**0.5)), count)
 
 
 def makers(lab: Lab) -> dict[str, Make]:

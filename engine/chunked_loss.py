@@ -20,7 +20,7 @@ from engine.data.batches import Batch
 from engine.data.examples import IGNORED
 from engine.data.moving import KnownMask, to_device
 from engine.planner.output_layer import CHUNKED_FAMILIES, chunk_tokens
-from engine.sparse.kernels import Trial
+from engine.sparse.trial import Trial
 
 
 @dataclass(frozen=True)

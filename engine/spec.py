@@ -440,8 +440,9 @@ class RunSpec(BaseModel):
             "memory",
             "Way to the gradient",
             "How the gradient of the trained entries of a linear layer is computed; all ways are exact. dense: the "
-            "whole gradient of the weight; compaction: a few small products that hold the entries; sampled: one dot "
-            "product an entry; auto: for each weight what is fastest on this machine.",
+            "whole gradient of the weight; compaction: a few small products that hold most entries, and a dot product "
+            "for each of the others; sampled: a dot product an entry; auto: for each weight what is fastest on this "
+            "machine.",
             methods=SPARSE,
             detail=True,
         ),

@@ -4,10 +4,14 @@ The dense gradient of y = x @ W.T is G = g.T @ x, (out, in), with g = dL/dy, (to
 G[i, j] = sum_t g[t, i] x[t, j] needs column i of g and column j of x alone. So for any set of rows R and any set of
 columns C, g[:, R].T @ x[:, C] holds every G[i, j] with i in R and j in C, with the same terms as the dense product.
 
-Trained entries cluster in few rows and columns. `group_rows` sorts the rows by their number of entries, cuts them into
-groups, takes for each group the union C of the columns of its entries, and the product of each group holds all its
-entries: with rows R_1 .. R_g, sum |R_k| |C_k| multiplications a token instead of out * in. More groups multiply less
-and copy more columns; the cuts are those of the least cost, found exactly among at most `MOST_SLICES` candidates.
+Trained entries cluster in few rows and columns. `group_rows` splits them three ways. Those of the columns with the most
+of them are in one product of all rows. The rows, sorted by their number of entries, are cut into groups, and of each
+the other entries are in a product of these rows and the columns they touch, or of these rows and all columns; or, where
+there are few, each is a dot product of its own. More groups multiply less, but copy more numbers: a product with all
+rows or all columns has one factor as it is, and to gather a number takes as long as some 20 multiplications on a CPU
+core, and by the data sheets of GPUs some 500 there. So on a CPU there are many groups, and on a GPU a few rows, a few
+columns and single entries. The split is the cheapest by the costs of the machine, found exactly among `MOST_SLICES`
+candidate cuts on either side.
 """
 
 from collections.abc import Sequence
@@ -15,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from engine.sparse.grouping import Block, Grouping, lay_out
 
 MOST_SLICES = 16  # candidate cuts; the cost of a plan is flat around its optimum
 LEAST_SIDE = 16  # a product with a shorter side takes no less time: kernels work in tiles
@@ -27,102 +33,52 @@ class GradientCosts:
 
     multiply_s: float
     """One multiplication and addition of a dense product."""
+    narrow_s: float
+    """The same of a product with a few rows or columns."""
     gather_s: float
     """One number copied by a gather of columns, the reading of its neighbours included."""
     sampled_s: float
     """One multiplication and addition of a sampled product, its two gathers included."""
     call_s: float
-    """One product of a group, however small."""
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Which rows and columns are multiplied, and where in the products, one behind the other, an entry is.
-
-    Entry (i, j) of group k is at `base[i] + place[k, j]`. Memory: of the order of out + groups * in.
-    """
-
-    rows: Tensor | None  # (sum of heights,) of the groups one after another; None for all, in one group
-    columns: Tensor | None  # (sum of widths,)
-    sizes: tuple[tuple[int, int], ...]  # height and width of each group
-    base: Tensor  # (out,)
-    shift: Tensor  # (out,) what to add to a flat position in the weight to have the one of (k, j) in `place`
-    place: Tensor  # (groups * in,)
-    in_features: int
-
-    @property
-    def numel(self) -> int:
-        """Entries of all products."""
-        return sum(height * width for height, width in self.sizes)
-
-    @property
-    def gathered(self) -> int:
-        """Numbers of each token that are copied."""
-        return sum(0 if part is None else part.numel() for part in (self.rows, self.columns))
-
-    def multiply(self, grad_y: Tensor, x: Tensor, products: Tensor) -> None:
-        """Fill `products`, (numel,), from grad_y, (tokens, out), and x, (tokens, in).
-
-        Rows and columns of all groups are gathered at once: a token's numbers are in the cache then. The shorter side
-        of a product comes first, which is the faster order.
-        """
-        left = grad_y if self.rows is None else grad_y.index_select(1, self.rows)
-        right = x if self.columns is None else x.index_select(1, self.columns)
-        lefts = left.split([height for height, _ in self.sizes], 1)
-        rights = right.split([width for _, width in self.sizes], 1)
-        parts = products.split([height * width for height, width in self.sizes])
-        for first, second, part in zip(lefts, rights, parts, strict=True):
-            if first.shape[1] > second.shape[1]:
-                first, second = second, first
-            torch.mm(first.T, second, out=part.view(first.shape[1], second.shape[1]))
-
-    def positions(self, indices: Tensor) -> Tensor:
-        """Return where the entries at `indices`, (n,) flat positions in the weight, are in the products, (n,)."""
-        row = indices // self.in_features
-        at = self.shift.index_select(0, row).add_(indices)
-        return self.place.index_select(0, at).add_(self.base.index_select(0, row))
-
-
-def block_cost_s(height: int, width: int, shape: tuple[int, int], tokens: int, costs: GradientCosts) -> float:
-    """Return the seconds of one product of `height` rows and `width` columns of a weight of `shape`."""
-    gathered = (height if height < shape[0] else 0) + (width if width < shape[1] else 0)
-    multiplied = max(LEAST_SIDE, min(height, width)) * max(height, width)
-    return costs.call_s + tokens * (costs.multiply_s * multiplied + costs.gather_s * gathered)
+    """One product, however small."""
 
 
 def group_rows(
-    indices: Tensor, shape: tuple[int, int], tokens: int, costs: GradientCosts, multiple: int = 1
+    parts: Sequence[Tensor], shape: tuple[int, int], tokens: int, costs: GradientCosts, multiple: int = 1
 ) -> tuple[Grouping, float]:
-    """Return the cheapest row groups for the entries at `indices`, and the seconds they take by `costs`.
+    """Return the cheapest way to the entries of all `parts` by products, and the seconds it takes by `costs`.
 
     Args:
-        indices: (n,) flat positions in the weight, in any order, n >= 1; int32 or int64.
+        parts: (n,) flat positions in the weight each, in any order, n >= 1 in all; int32 or int64.
         shape: (out_features, in_features).
         tokens: of a micro-batch.
         costs: of the device and dtype.
         multiple: of which the sides of all products are, in a weight whose own sides are; rows and columns that are
             added for it hold no entries.
     """
-    out_features, in_features = shape
-    row, column = indices // in_features, indices % in_features
-    count = torch.bincount(row, minlength=out_features)
-    order = count.argsort(descending=True, stable=True)
+    indices = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts])
+    row, column = indices // shape[1], indices % shape[1]
+    (rows, row_cuts), (columns, column_cuts) = (
+        _slices(side, length, multiple) for side, length in zip((row, column), shape, strict=True)
+    )
+    slice_of = torch.bucketize(_inverse(rows), torch.tensor(row_cuts[1:], device=indices.device), right=True)
+    touched = torch.bincount(slice_of[row] * shape[1] + column, minlength=(len(row_cuts) - 1) * shape[1])
+    touched = touched.view(-1, shape[1])
+    hot, runs, cost = _cheapest(_Counts.of(touched[:, columns], row_cuts, column_cuts), shape, tokens, costs)
+    hot_columns = columns[: column_cuts[hot]]
+    blocks = [_block(touched, rows, row_cuts, hot_columns, run, multiple) for run in runs]
+    return lay_out(blocks, hot_columns.sort().values, shape, parts), cost
+
+
+def _slices(side: Tensor, length: int, multiple: int) -> tuple[Tensor, list[int]]:
+    """Return rows (or columns), those with the most entries first, (length,), and where to cut, up to the last touched.
+
+    Cuts lie closer where there are many entries, and at multiples.
+    """
+    count = torch.bincount(side, minlength=length)
     touched = int((count > 0).sum())
     ends = (-(-round(touched * (k / MOST_SLICES) ** 2) // multiple) * multiple for k in range(MOST_SLICES + 1))
-    cuts = sorted({min(end, out_features) for end in ends})
-    slice_of = torch.bucketize(_inverse(order), torch.tensor(cuts[1:], device=indices.device), right=True)
-    touch = torch.zeros(len(cuts) - 1, in_features, dtype=torch.int32, device=indices.device)
-    touch[slice_of[row], column.long()] = 1
-    chosen, cost = _cheapest_cuts(cuts, _union_widths(touch), shape, tokens, costs)
-    groups = [(cuts[a], cuts[b], _columns(touch[a:b].amax(0) > 0, multiple)) for a, b in chosen]
-    return _grouping(order, groups, shape, indices), cost
-
-
-def _columns(touched: Tensor, multiple: int) -> Tensor:
-    """Return the columns of a mask, (n,) int64 sorted, with others that make their number a multiple."""
-    columns = touched.nonzero().flatten()
-    others = touched.logical_not().nonzero().flatten()[: -columns.numel() % multiple]
-    return torch.cat((columns, others)).sort().values
+    return count.argsort(descending=True, stable=True), sorted({min(end, length) for end in ends})
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -131,64 +87,94 @@ def _inverse(order: Tensor) -> Tensor:
     return rank
 
 
-def _union_widths(touch: Tensor) -> list[list[int]]:
-    """Return for slices a <= b how many columns any of a, ..., b touches, at [a][b - a]."""
-    widths = [(touch[first:].cumsum(0) > 0).sum(1) for first in range(len(touch))]
-    sizes = [len(each) for each in widths]
-    return [part.tolist() for part in torch.cat(widths).cpu().split(sizes)]  # one look from the host
+@dataclass(frozen=True)
+class _Counts:
+    """What any run of row slices, from a to b - 1, leaves outside the first h columns: [h, a, b], on the CPU, fp64.
+
+    `entries`: its trained entries; `widths`: columns that they touch; `heights`: [a, b] its rows; `hot`: [h] columns.
+    """
+
+    entries: Tensor
+    widths: Tensor
+    heights: Tensor
+    hot: Tensor
+
+    @classmethod
+    def of(cls, touched: Tensor, row_cuts: list[int], column_cuts: list[int]) -> "_Counts":
+        """Count. touched: (slices, in) entries, columns in order; cuts of both sides, from 0."""
+        slices, width = touched.shape
+        device = touched.device
+        outside = torch.arange(width, device=device)[:, None] >= torch.tensor(column_cuts, device=device)
+        runs = torch.zeros(2, slices, slices + 1, len(column_cuts), dtype=torch.float64, device=device)
+        for first in range(slices):
+            so_far = touched[first:].cumsum(0)
+            # Sums below 2**24 are exact in fp32; larger ones stand for costs, where the last digit does not count.
+            counted = torch.stack((so_far, so_far > 0)).float() @ outside.float()
+            runs[:, first, first + 1 :] = counted
+        entries, widths = runs.permute(0, 3, 1, 2).cpu()  # one look from the host
+        cuts = torch.tensor(row_cuts, dtype=torch.float64)
+        hot = torch.tensor(column_cuts, dtype=torch.float64)
+        return cls(entries, widths, cuts[None, :] - cuts[:-1, None], hot)
 
 
-def _cheapest_cuts(
-    cuts: Sequence[int], widths: list[list[int]], shape: tuple[int, int], tokens: int, costs: GradientCosts
-) -> tuple[list[tuple[int, int]], float]:
-    """Return the groups, each from slice a to slice b - 1, of the least summed cost, and that cost."""
-    best: list[tuple[float, int]] = [(0.0, 0)]  # for each number of slices: the cost, and where the last group begins
-    for end in range(1, len(cuts)):
-        options = (
-            (
-                best[begin][0]
-                + block_cost_s(cuts[end] - cuts[begin], widths[begin][end - 1 - begin], shape, tokens, costs),
-                begin,
-            )
-            for begin in range(end)
-        )
-        best.append(min(options))
-    groups, end = [], len(cuts) - 1
-    while end:
-        groups.append((best[end][1], end))
-        end = best[end][1]
-    return groups[::-1], best[-1][0]
+@dataclass(frozen=True)
+class _Run:
+    """Row slices from `first` to `end` - 1, and what becomes of their entries outside the hot columns."""
+
+    first: int
+    end: int
+    way: int  # of _WAYS
 
 
-def _grouping(
-    order: Tensor, groups: Sequence[tuple[int, int, Tensor]], shape: tuple[int, int], indices: Tensor
-) -> Grouping:
-    """Lay out the products of `groups`: from and to which place in `order` their rows are, and their columns."""
+_WAYS = ("touched columns", "all columns", "sampled")
+
+
+def _cheapest(
+    counts: _Counts, shape: tuple[int, int], tokens: int, costs: GradientCosts
+) -> tuple[int, list[_Run], float]:
+    """Return the number of the cut of the hot columns, the runs of rows, and their cost: the least of all."""
     out_features, in_features = shape
-    base, shift = indices.new_zeros(out_features), indices.new_zeros(out_features)
-    place = indices.new_zeros(len(groups), in_features)
-    all_rows, all_columns, sizes = [], [], []
-    start = 0
-    for number, (begin, end, taken) in enumerate(groups):
-        rows = order[begin:end].sort().values.to(indices.dtype)
-        columns = taken.to(indices.dtype)
-        height, width = rows.numel(), columns.numel()
-        row_step, column_step = (width, 1) if height <= width else (1, height)
-        base[rows.long()] = start + row_step * torch.arange(height, dtype=indices.dtype, device=indices.device)
-        shift[rows.long()] = (number - rows) * in_features
-        place[number, columns.long()] = column_step * torch.arange(width, dtype=indices.dtype, device=indices.device)
-        all_rows.append(rows)
-        all_columns.append(columns)
-        sizes.append((height, width))
-        start += height * width
-    rows, columns = torch.cat(all_rows), torch.cat(all_columns)
-    whole = len(groups) == 1
-    return Grouping(
-        None if whole and rows.numel() == out_features else rows,
-        None if whole and columns.numel() == in_features else columns,
-        tuple(sizes),
-        base,
-        shift,
-        place.flatten(),
-        in_features,
+
+    def product_s(height: Tensor, width: Tensor) -> Tensor:
+        short, long = torch.minimum(height, width), torch.maximum(height, width)
+        gathered = torch.where(height < out_features, height, 0.0) + torch.where(width < in_features, width, 0.0)
+        multiplied = costs.narrow_s * short.clamp(min=LEAST_SIDE) * long
+        return costs.call_s + tokens * (multiplied + costs.gather_s * gathered)
+
+    heights = counts.heights.expand_as(counts.widths)
+    ways = (
+        product_s(heights, counts.widths),
+        product_s(heights, torch.full_like(heights, in_features)),
+        costs.call_s + tokens * costs.sampled_s * counts.entries,
     )
+    run_s, way = torch.stack(ways).min(0)
+    run_s = torch.where(counts.entries > 0, run_s, 0.0)
+    hot_s = product_s(torch.full_like(counts.hot, out_features), counts.hot).where(counts.hot > 0, 0.0)
+    slices = heights.shape[1]
+    best, begins = [hot_s], []  # for each number of slices: the cost by the hot columns, and where the last run begins
+    for end in range(1, slices + 1):
+        least, begin = (torch.stack(best, 1) + run_s[:, :end, end]).min(1)
+        best.append(least)
+        begins.append(begin)
+    hot = int(best[-1].argmin())
+    runs, end = [], slices
+    while end:
+        first = int(begins[end - 1][hot])
+        if counts.entries[hot, first, end]:
+            runs.append(_Run(first, end, int(way[hot, first, end])))
+        end = first
+    return hot, runs[::-1], float(best[-1][hot])
+
+
+def _block(touched: Tensor, rows: Tensor, row_cuts: list[int], hot_columns: Tensor, run: _Run, multiple: int) -> Block:
+    """Return rows and columns of a run. touched: (slices, in) entries; rows: in order; hot_columns: (hot,)."""
+    here = rows[row_cuts[run.first] : row_cuts[run.end]].sort().values
+    if _WAYS[run.way] == "sampled":
+        return Block(here, None)
+    wanted = touched[run.first : run.end].sum(0) > 0
+    wanted[hot_columns] = False
+    if _WAYS[run.way] == "all columns":
+        wanted[:] = True
+    columns = wanted.nonzero().flatten()
+    others = wanted.logical_not().nonzero().flatten()[: -columns.numel() % multiple]
+    return Block(here, torch.cat((columns, others)).sort().values)

@@ -20,7 +20,7 @@ from engine.sparse.compaction import GradientCosts
 from engine.sparse.kernels import sampled_products, samples_by_kernel
 
 # One core of a server CPU, fp32: the proportions are what matters.
-DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
+DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, narrow_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
 MEASURED_FROM = 2**18  # entries of the largest weight
 ROUNDS = 7
 
@@ -71,7 +71,8 @@ def _read(path: Path) -> dict[str, GradientCosts]:
 def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     """Time the parts on numbers that no cache holds: a fraction of a second on a CPU core, less on a GPU."""
     tokens, width = (2048, 1024) if device.type == "cpu" else (4096, 8192)
-    x = torch.ones(tokens, width, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, width, dtype=dtype, device=device, generator=generator)
     gathered = torch.arange(0, width, 4, dtype=torch.int32, device=device)
     positions = gathered * width + gathered * 37 % width  # neighbours in the order of the weight, far apart in x
     small = x[:16, :16].clone()
@@ -81,8 +82,11 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     def call() -> Tensor:
         return torch.mm(small.T, small, out=product[:16, :16])
 
+    narrow = part[:, : width // 32].contiguous()
+    few = product.view(-1)[: narrow.shape[1] * part.shape[1]].view(narrow.shape[1], -1)
     return GradientCosts(
         multiply_s=_seconds(lambda: torch.mm(part.T, part, out=product), device) / (part.shape[0] * product.numel()),
+        narrow_s=_seconds(lambda: torch.mm(narrow.T, part, out=few), device) / (part.shape[0] * few.numel()),
         gather_s=_seconds(lambda: x.index_select(1, gathered), device) / (tokens * gathered.numel()),
         sampled_s=_seconds(lambda: sampled_products(x, x, positions), device) / (tokens * positions.numel()),
         call_s=_seconds(call, device),

@@ -1,7 +1,8 @@
 """Three exact ways to the gradient of a few entries of a linear layer, behind one function.
 
-dense: the whole g.T @ x, then a gather. compaction: a few small products (`compaction.py`). sampled: one dot product an
-entry, worth it where there are very few. `plan_gradient` chooses the cheapest by costs that are measured once.
+dense: the whole g.T @ x, then a gather. compaction: a few small products, and dot products of what they leave
+(`compaction.py`). sampled: one dot product an entry. `plan_gradient` chooses the cheapest by costs that are measured
+once.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.sparse.compaction import ON_GPU, GradientCosts, Grouping, group_rows
+from engine.planner.formulas import SAMPLED_NUMEL
+from engine.sparse.compaction import ON_GPU, GradientCosts, group_rows
+from engine.sparse.grouping import Grouping
 from engine.sparse.kernels import sampled_products
 
 Way = Literal["dense", "compaction", "sampled"]
 WORTHWHILE = 0.9  # of the dense product's time: what is predicted to save less may well cost more
 GATHERED_NUMEL = 2**20  # numbers that compaction may gather at once for any weight
+HELD = 6  # 16-bit numbers that stand for one of `sampled_products` while it is made: both factors, in fp32 too
 
 
 class Workspace:
@@ -53,35 +57,32 @@ class GradientPlan:
         """Entries of the products that are computed: out * in for the dense one."""
         if self.way == "dense":
             return self.shape[0] * self.shape[1]
-        return self.count if self.grouping is None else self.grouping.numel
+        return self.count if self.grouping is None else self.grouping.numel + self.grouping.num_sampled
 
 
 def plan_gradient(
-    indices: Tensor, shape: tuple[int, int], tokens: int, costs: GradientCosts, way: Way | Literal["auto"]
+    parts: Sequence[Tensor], shape: tuple[int, int], tokens: int, costs: GradientCosts, way: Way | Literal["auto"]
 ) -> GradientPlan:
-    """Return how to get the gradient of the entries at `indices`: the same arguments give the same plan.
+    """Return how to get the gradient of the entries of all `parts`: the same arguments give the same plan.
 
     Args:
-        indices: (n,) flat positions in any order, n >= 1.
+        parts: (n,) flat positions each, in any order, n >= 1 in all.
         shape: (out_features, in_features).
         tokens: of a micro-batch.
-        costs: what `auto` compares; they also decide the groups of `compaction`.
+        costs: what `auto` compares; they also decide the products of `compaction`.
         way: take this one, or `auto` for the cheapest.
     """
-    count = indices.numel()
+    count = sum(part.numel() for part in parts)
     if way == "dense" or way == "sampled":
         return GradientPlan(way, shape, count)
-    if indices.is_meta:  # no numbers to go by: the way that takes the most memory
+    if parts[0].is_meta:  # no numbers to go by: the way that takes the most memory
         return GradientPlan("dense", shape, count)
-    grouping, grouped_s = group_rows(indices, shape, tokens, costs, ON_GPU if indices.is_cuda else 1)
-    if way == "auto":
-        dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
-        sampled_s = costs.call_s + tokens * costs.sampled_s * count
-        best_s, best = min((sampled_s, "sampled"), (grouped_s, "compaction"))
-        if best_s >= WORTHWHILE * dense_s:
-            return GradientPlan("dense", shape, count)
-        if best == "sampled":
-            return GradientPlan("sampled", shape, count)
+    grouping, grouped_s = group_rows(parts, shape, tokens, costs, ON_GPU if parts[0].is_cuda else 1)
+    dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
+    if way == "auto" and grouped_s >= WORTHWHILE * dense_s:
+        return GradientPlan("dense", shape, count)
+    if not grouping.products:
+        return GradientPlan("sampled", shape, count)
     return GradientPlan("compaction", shape, count, grouping)
 
 
@@ -93,8 +94,8 @@ def values_gradients(
     Args:
         grad_y: (tokens, out_features).
         x: (tokens, in_features), same dtype.
-        plan: of `plan_gradient`, for all of `indices` together.
-        indices: (n,) flat positions each.
+        plan: of `plan_gradient` for these `indices`.
+        indices: (n,) flat positions each, as the plan knows them.
         workspace: for the products.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -116,13 +117,16 @@ def _grouped(
     grad_y: Tensor, x: Tensor, indices: Sequence[Tensor], grouping: Grouping, dtype: torch.dtype, workspace: Workspace
 ) -> list[Tensor]:
     """Add up the products of as many tokens at once as may be gathered in the memory of the dense gradient."""
-    products, positions = workspace.take(grouping.numel, x), [grouping.positions(each) for each in indices]
+    products = workspace.take(grouping.numel, x)
     allowed = max(GATHERED_NUMEL, grad_y.shape[1] * x.shape[1] - grouping.numel)
     tokens = max(1, allowed // max(1, grouping.gathered))
     found: list[Tensor] = []
     for left, right in zip(grad_y.split(tokens), x.split(tokens), strict=True):
         grouping.multiply(left, right, products)
-        parts = [products.index_select(0, each).to(dtype) for each in positions]
+        parts = [grouping.take(products, each, dtype) for each in indices]
         found = [total.add_(part) for total, part in zip(found, parts, strict=True)] if found else parts
     assert found, "a backward without tokens"
+    at_once = min(SAMPLED_NUMEL, (grad_y.shape[1] * x.shape[1] - grouping.numel) // HELD)
+    for part, (total, each) in enumerate(zip(found, indices, strict=True)):
+        grouping.put_sampled(total, part, each, grad_y, x, at_once)
     return found

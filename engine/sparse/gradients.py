@@ -1,7 +1,7 @@
 """The gradients of the entries of linear layers: a plan for each weight, made anew whenever its entries change."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -81,7 +81,8 @@ class LinearGradients:
         if known is None or known.placement != entry.placement or known.others is not others:
             out_features, in_features = entry.weight.shape
             shape = out_features, in_features
-            plan = plan_gradient(_joined(entry, others), shape, self.tokens, self._costs, self.way)
+            parts = (entry.placed,) if others is None else (entry.placed, others)
+            plan = plan_gradient(parts, shape, self.tokens, self._costs, self.way)
             known = self._planned[entry.name] = _Planned(plan, entry.placement, others)
         return known.plan
 
@@ -91,11 +92,7 @@ class LinearGradients:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        if COSTS_KEY in state:
-            self._costs = GradientCosts(*state[COSTS_KEY].tolist())
+        numbers = state[COSTS_KEY].tolist() if COSTS_KEY in state else []
+        if len(numbers) == len(fields(GradientCosts)):  # earlier versions knew fewer costs
+            self._costs = GradientCosts(*numbers)
             self._planned.clear()
-
-
-def _joined(entry: ActiveEntries, others: Tensor | None) -> Tensor:
-    placed = entry.placed
-    return placed if others is None else torch.cat((placed, others.to(placed.dtype)))

@@ -1,18 +1,15 @@
-"""Two kernels of this project's own for a GPU (`triton_kernels.py`), each beside the plain form that it stands for.
+"""Kernels of this project's own for a GPU (`triton_kernels.py`), each beside the plain form that it stands for.
 
 Sampled products: the gradient of a few entries of a linear layer. Rebuilding NF4: the dequantised weight with the
 values added, in one pass and without what the plain form holds besides: a copy of the positions in int64, and the
-entries gathered, summed and rounded.
+entries gathered, summed and rounded. Another one takes entries out of products (`product_layout.py`).
 
 A kernel is compared with its plain form when it is first wanted on a device and in a dtype, on a small case. Where it
 fails or gives other numbers the plain form is taken from then on, and the log says so once. Without Triton, on a CPU
 and on the meta device there is the plain form only.
 """
 
-import logging
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,66 +17,25 @@ from torch import Tensor
 from engine.planner.formulas import SAMPLED_NUMEL
 from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
 from engine.sparse.positions import FlatPositions, Positions
+from engine.sparse.trial import FLOATS, Trial
 
-_LOG = logging.getLogger(__name__)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know; sums are in fp32
 Change = tuple[Positions, Tensor]  # and values (n,)
-Found = TypeVar("Found")
 
 
-class Trial:
-    """Whether a kernel is to be trusted: tried at its first use on a device and in a dtype, given up where it fails."""
-
-    def __init__(
-        self, work: str, agrees: Callable[[torch.device, torch.dtype], bool], *, library: str = "triton"
-    ) -> None:
-        """Try nothing yet.
-
-        Args:
-            work: what the kernel does, for the log.
-            agrees: whether it gives the numbers of the plain form on a small case.
-            library: without which there is no kernel, and nothing to say about it.
-        """
-        self._work, self._agrees = work, agrees
-        self._passed: set[tuple[torch.device, torch.dtype]] = set()
-        self._failed = find_spec(library) is None
-
-    def passes(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Return whether the kernel may be used."""
-        return self.run(lambda: True, device, dtype) is not None
-
-    def run(self, launch: Callable[[], Found], device: torch.device, dtype: torch.dtype) -> Found | None:
-        """Return what `launch` gives; None where the kernel is not to be used, now or any more."""
-        if self._failed:
-            return None
-        try:
-            if (device, dtype) not in self._passed:
-                if not self._agrees(device, dtype):
-                    raise ArithmeticError(f"other numbers in {dtype} on {device}")
-                self._passed.add((device, dtype))
-            return launch()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of the compiler, its tools or the driver: there is no end of kinds
-            self._failed = True
-            why = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])
-            _LOG.warning("%s without its kernel: %s", self._work, why)
-            return None
-
-
-def sampled_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+def sampled_products(grad_y: Tensor, x: Tensor, positions: Tensor, at_once: int = SAMPLED_NUMEL) -> Tensor:
     """Return the entries of grad_y.T @ x at `positions`, (n,), in fp32 (fp64 of fp64).
 
     Args:
         grad_y: (tokens, out_features).
         x: (tokens, in_features), same dtype.
         positions: (n,) flat positions in any order; those of a kernel are better in order.
+        at_once: numbers of each factor that the plain form gathers at a time, at least those of an entry.
     """
     if x.device.type == "cuda" and x.dtype in FLOATS:
         found = PRODUCTS.run(lambda: _kernel_products(grad_y, x, positions), x.device, x.dtype)
         if found is not None:
             return found
-    return plain_products(grad_y, x, positions)
+    return plain_products(grad_y, x, positions, at_once)
 
 
 def samples_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -87,11 +43,11 @@ def samples_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in FLOATS and PRODUCTS.passes(device, dtype)
 
 
-def plain_products(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+def plain_products(grad_y: Tensor, x: Tensor, positions: Tensor, at_once: int = SAMPLED_NUMEL) -> Tensor:
     """See `sampled_products`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     found = []
-    for part in positions.split(max(1, SAMPLED_NUMEL // x.shape[0])):
+    for part in positions.split(max(1, at_once // x.shape[0])):
         left = grad_y.index_select(1, part // x.shape[1]).to(dtype)
         right = x.index_select(1, part % x.shape[1])
         found.append((left * right).sum(0))

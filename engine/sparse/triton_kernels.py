@@ -1,6 +1,6 @@
-"""The kernels themselves, in Triton: imported by `kernels.py` alone, and only where there is a device for them.
+"""The kernels of `kernels.py` and `product_layout.py` in Triton: imported only where there is a device for them.
 
-Neither uses atomics or waits for another program, so that the same arguments give the same bits. Offsets are int64
+None uses atomics or waits for another program, so that the same arguments give the same bits. Offsets are int64
 wherever a weight or an activation of 2**31 numbers would not fit.
 """
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from engine.sparse.base_weight import NF4_BLOCK, NF4Packing
 from engine.sparse.positions import TILE, Positions
+from engine.sparse.product_layout import Layout
 
 ENTRIES = 128  # that one program of `sample` takes
 TOKENS = 256  # that it adds up; what programs of other tokens find is added afterwards
 AT_ONCE = 16  # tokens
 TILE_BLOCKS = TILE // NF4_BLOCK  # of a program of `rebuild`
 CHANGES = 128  # entries that are added to a tile at once
+TAKEN = 512  # entries that one program of `take` takes
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])  # which differ from batch to batch
@@ -83,6 +85,59 @@ def sample(grad_y: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         enable_fp_fusion=True,
     )
     return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
+@triton.jit(do_not_specialize=["count", "hot_step"])
+def _take(
+    products,
+    indices,  # (count,)
+    base,  # of `product_layout.Layout`
+    shift,
+    place,
+    hot,
+    found,  # (count,) fp32
+    count,
+    width,
+    hot_step,
+    HOT: tl.constexpr,  # whether there are hot columns
+    TAKEN: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * TAKEN + tl.arange(0, TAKEN)
+    taken = at < count
+    index = tl.load(indices + at, mask=taken, other=0).to(tl.int64)
+    row = index // width
+    within = tl.load(shift + row, mask=taken, other=0).to(tl.int64) + index
+    where = tl.load(place + within, mask=taken, other=0).to(tl.int64) + tl.load(base + row, mask=taken, other=0)
+    if HOT:
+        column = tl.load(hot + (index - row * width), mask=taken, other=0).to(tl.int64)
+        where = tl.where(column < 0, where, row * hot_step + column)
+    tl.store(found + at, tl.load(products + where, mask=taken, other=0.0).to(tl.float32), mask=taken)
+
+
+def take(products: Tensor, indices: Tensor, layout: Layout) -> Tensor:
+    """Return the entries at `indices`, (count,) fp32, of products; see `product_layout.take_entries`.
+
+    One launch for some ten small operations over the entries.
+    """
+    found = torch.empty(indices.numel(), dtype=torch.float32, device=products.device)
+    hot = layout.base if layout.hot is None else layout.hot
+    if indices.numel():
+        _take[(triton.cdiv(indices.numel(), TAKEN),)](
+            products,
+            indices,
+            layout.base,
+            layout.shift,
+            layout.place,
+            hot,
+            found,
+            indices.numel(),
+            layout.in_features,
+            layout.hot_step,
+            HOT=layout.hot is not None,
+            TAKEN=TAKEN,
+            enable_fp_fusion=True,
+        )
+    return found
 
 
 @triton.jit

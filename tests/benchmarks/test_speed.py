@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels import rebuilding_makers, sampling_makers
+from benchmarks.kernels import compaction_makers, rebuilding_makers, sampling_makers
 from benchmarks.speed import BLOCK, GOALS, Comparison, Timed, compare, table
 from benchmarks.subjects import KEPT, Lab, Make, Size, Subject, makers, quantised_makers, recomputation_makers
 
@@ -38,6 +38,13 @@ def test_without_a_kernel_its_plain_form_has_no_row(kernel_makers: Callable[[Lab
     assert [each.name.endswith(", plain") for each in timed] == [True]
     assert timed[0].seconds[0] > 0
     assert table(timed, "cpu") == []
+
+
+def test_compaction_is_measured_against_the_dense_product() -> None:
+    (row,) = table(compare(Comparison(compaction_makers, TINY), rounds=1), "cpu")
+    assert row["name"] == "compaction of it / dense product"
+    assert 0 < row["share"] < 1
+    assert row["ratio"] > 0
 
 
 def test_blocks_of_rounds_alternate_and_pair() -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ SIXTEENS = ("width", "grad_token", "x_token", "numel", "num_bytes")  # are multi
 
 def signature(kernel: Any, floats: str, index: str) -> dict[str, str]:
     """Return the types of a launch: factors and weight in `floats`, positions and sizes in `index`."""
-    types = {"packed": "*u8", "absmax": "*u8", "grad_y": f"*{floats}", "x": f"*{floats}", "out": f"*{floats}"}
+    types = {"packed": "*u8", "absmax": "*u8", "hot_step": "i32"}
+    types |= dict.fromkeys(("grad_y", "x", "out", "products"), f"*{floats}")
+    types |= dict.fromkeys(("indices", "base", "shift", "place", "hot"), f"*{index}")
     types |= dict.fromkeys(("positions", "more_positions"), f"*{index}") | dict.fromkeys(("count", "tokens"), "i32")
     types |= dict.fromkeys(("starts", "more_starts"), "*i32") | dict.fromkeys(SIXTEENS, index)
     return {name: types.get(name, "*fp32") for name in kernel.arg_names}
@@ -50,26 +53,28 @@ def registers(cubin: bytes) -> tuple[int, int]:
     return used, stack + local
 
 
+def check_rebuild(code: str, floats: str) -> None:
+    """Each number is rounded where the plain form rounds it, and entries are changed after the tile is stored."""
+    assert "fma." not in code, "a product is not rounded before it is added"
+    if floats != "fp32":
+        assert re.search(rf"cvt\.rn\.{floats.replace('fp', 'f')}", code), "a number is not rounded to the nearest"
+    stores = [place.start() for place in re.finditer(r"st\.global", code)]
+    barrier = code.rindex("bar.sync")
+    assert stores[0] < barrier < code.index("ld.global", barrier) < stores[-1], "entries do not wait for the tile"
+
+
 def main() -> None:
     """Compile all, and look at the code."""
     for architecture in ARCHITECTURES:
         for floats, index in (("bf16", "i32"), ("fp16", "i64"), ("fp32", "i32")):
-            sample = compiled(kernels._sample, SAMPLE, floats, index, architecture, enable_fp_fusion=True)
-            rebuild = compiled(
-                kernels._rebuild, REBUILD, floats, index, architecture, enable_fp_fusion=False, num_stages=1
-            )
-            code = rebuild.asm["ptx"]
-            assert "fma." not in code, "a product is not rounded before it is added"
-            if floats != "fp32":
-                assert re.search(rf"cvt\.rn\.{floats.replace('fp', 'f')}", code), (
-                    "a number is not rounded to the nearest"
-                )
-            stores = [place.start() for place in re.finditer(r"st\.global", code)]
-            barrier = code.rindex("bar.sync")
-            assert stores[0] < barrier < code.index("ld.global", barrier) < stores[-1], (
-                "entries do not wait for the tile"
-            )
-            for name, kernel in (("sample", sample), ("rebuild", rebuild)):
+            known = partial(compiled, floats=floats, index=index, architecture=architecture)
+            made = {
+                "sample": known(kernels._sample, SAMPLE, enable_fp_fusion=True),
+                "take": known(kernels._take, {"HOT": True, "TAKEN": kernels.TAKEN}, enable_fp_fusion=True),
+                "rebuild": known(kernels._rebuild, REBUILD, enable_fp_fusion=False, num_stages=1),
+            }
+            check_rebuild(made["rebuild"].asm["ptx"], floats)
+            for name, kernel in made.items():
                 used, spilled = registers(kernel.asm["cubin"])
                 sys.stdout.write(
                     f"{name} {floats} {index} sm_{architecture}: {used} registers, {spilled} bytes spilled\n"

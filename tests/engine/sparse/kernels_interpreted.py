@@ -11,7 +11,8 @@ from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.kernels import Change, plain_rebuild, products_agree, rebuilt_agree
 from engine.sparse.positions import TILE, FlatPositions
-from engine.sparse.triton_kernels import rebuild, sample
+from engine.sparse.product_layout import Layout, taken_agree
+from engine.sparse.triton_kernels import rebuild, sample, take
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CPU = torch.device("cpu")
@@ -49,6 +50,17 @@ def products_far_apart() -> None:
         grad_y[token, rows], x[token, columns] = (torch.randn(2, 3) + 2).half()
         expected += grad_y[token, rows].float() * x[token, columns].float()
     torch.testing.assert_close(sample(grad_y, x, rows * width + columns), expected)
+
+
+def taken() -> None:
+    """Entries of products in every dtype, in any order and twice, in positions of either length, and none."""
+    for dtype in FLOATS:
+        assert taken_agree(CPU, dtype)
+        nothing = torch.empty(0, dtype=torch.int32)
+        assert take(torch.zeros(3, dtype=dtype), nothing, Layout(nothing, nothing, nothing, None, 0, 5)).shape == (0,)
+    one = torch.tensor([0])
+    layout = Layout(one, one, torch.arange(2), None, 0, 2)
+    assert take(torch.tensor([2.0, 3.0]), torch.tensor([1, 0, 1]), layout).tolist() == [3, 2, 3]
 
 
 def check_rebuilt(weight: NF4Weight, changes: list[Change], dtype: torch.dtype) -> None:
@@ -120,6 +132,7 @@ def main() -> None:
     torch.manual_seed(0)
     products()
     products_far_apart()
+    taken()
     rebuilt()
     rebuilt_after_moves()
 
