@@ -102,16 +102,13 @@ class _Counts:
     @classmethod
     def of(cls, touched: Tensor, row_cuts: list[int], column_cuts: list[int]) -> "_Counts":
         """Count. touched: (slices, in) entries, columns in order; cuts of both sides, from 0."""
-        slices, width = touched.shape
         device = touched.device
-        outside = torch.arange(width, device=device)[:, None] >= torch.tensor(column_cuts, device=device)
-        runs = torch.zeros(2, slices, slices + 1, len(column_cuts), dtype=torch.float64, device=device)
-        for first in range(slices):
-            so_far = touched[first:].cumsum(0)
-            # Sums below 2**24 are exact in fp32; larger ones stand for costs, where the last digit does not count.
-            counted = torch.stack((so_far, so_far > 0)).float() @ outside.float()
-            runs[:, first, first + 1 :] = counted
-        entries, widths = runs.permute(0, 3, 1, 2).cpu()  # one look from the host
+        outside = torch.arange(touched.shape[1], device=device)[:, None] >= torch.tensor(column_cuts, device=device)
+        before = torch.cat((touched.new_zeros(1, touched.shape[1]), touched.cumsum(0)))
+        entries = before.double() @ outside.double()
+        widths = (before > before[:-1, None]).float() @ outside.float()
+        found = torch.stack((entries - entries[:-1, None], widths)).permute(0, 3, 1, 2)
+        entries, widths = found.cpu()  # one look from the host
         cuts = torch.tensor(row_cuts, dtype=torch.float64)
         hot = torch.tensor(column_cuts, dtype=torch.float64)
         return cls(entries, widths, cuts[None, :] - cuts[:-1, None], hot)
