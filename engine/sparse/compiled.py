@@ -9,8 +9,7 @@ Codes, values and weights are those of the step by step way up to the rounding o
 beside it. How masters are split is exact either way.
 """
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from engine.sparse.adamw import aged_update, even_update
 from engine.sparse.blockwise import CodeTables, code_tables, decode, encode
+from engine.sparse.compiling import Compiled
 from engine.sparse.masters import join, split
 from engine.sparse.states import SCALES, SIGNED, Moments
 
-_LOG = logging.getLogger(__name__)
 Numbers = tuple[Tensor, ...]  # the values; or high and low halves of masters and base entries
 States = dict[str, Tensor]
-Update = Callable[..., tuple[Numbers, States]]
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,11 @@ def coded_update(
 
 
 class CompiledUpdate:
-    """`coded_update` compiled, at its first use; as it stands where that fails, and the log says so once."""
+    """`coded_update` compiled."""
 
     def __init__(self) -> None:
         """Compile nothing yet."""
-        self._run: Update | None = None
+        self._run = Compiled(coded_update, "The update of the trained entries", dynamic=True)
 
     def __call__(
         self, numbers: Numbers, grad: Tensor, packed: States, rate: float, settings: Settings
@@ -88,14 +86,5 @@ class CompiledUpdate:
             first, second = (1 - beta ** (age.double() + 1) for beta in settings.betas)
             corrections = first.to(grad.dtype), second.to(grad.dtype)
         tables = {name: code_tables(signed, device) for name, signed in SIGNED.items()}
-        arguments = (numbers, grad, packed, tables, torch.full((), rate, device=device), corrections, settings)
-        if self._run is None:
-            self._run = torch.compile(coded_update, dynamic=True)
-        try:
-            return self._run(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of the compiler, most likely; what else fails will do so again
-            _LOG.warning("The update of the trained entries is not compiled: %s", " ".join(str(error).split("\n")[:2]))
-            self._run = coded_update
-            return coded_update(*arguments)
+        at = torch.full((), rate, device=device)
+        return self._run(numbers, grad, packed, tables, at, corrections, settings)

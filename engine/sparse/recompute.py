@@ -17,56 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.planner.recompute import Kept, kept_by_block
+from engine.sparse.norms import FrozenNorm, Norm
 from engine.sparse.recipes import Recipe, Tensors, give_recipe, read_back, recipe_of
 from engine.spec import RunSpec
 from engine.targets import layer_number
-
-
-class FrozenNorm(NamedTuple):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, as Llama's and Gemma's norms compute it.
-
-    Both in fp32; Llama's rounds to the dtype of x before it scales, Gemma's (`wide`) after it scaled by 1 + weight.
-    """
-
-    weight: Tensor  # (width,)
-    eps: float
-    wide: bool
-
-    def root(self, x: Tensor) -> Tensor:
-        """Return the reciprocal roots, (..., 1) in fp32."""
-        return x.float().square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-
-    def scale(self, x: Tensor, root: Tensor) -> Tensor:
-        """Return y from x, (..., width), and its reciprocal roots."""
-        if self.wide:
-            return ((x.float() * root) * (1.0 + self.weight.float())).to(x.dtype)
-        return self.weight * (x.float() * root).to(x.dtype)
-
-    def gradient(self, grad_y: Tensor, x: Tensor, root: Tensor) -> Tensor:
-        """Return dL/dx = r (h - n mean(h n)), with n = x r and h = dL/dy weight, in the dtype of x."""
-        inner = grad_y.float() * (1.0 + self.weight.float()) if self.wide else (grad_y * self.weight).float()
-        normed = x.float() * root
-        share = (inner * normed).mean(-1, keepdim=True)
-        return inner.addcmul_(normed, share, value=-1).mul_(root).to(x.dtype)
-
-
-class _Norm(torch.autograd.Function):
-    """A frozen norm that keeps its input and the reciprocal roots, and whose output can be made again of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
-        """Return y and the reciprocal roots."""
-        root = norm.root(x)
-        ctx.save_for_backward(x, root)
-        ctx.norm = norm
-        ctx.mark_non_differentiable(root)
-        return norm.scale(x, root), root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of x."""
-        norm: FrozenNorm = ctx.norm
-        return norm.gradient(grads[0], *ctx.saved_tensors), None
 
 
 class _Graph(NamedTuple):
@@ -190,7 +144,7 @@ def _norm_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
 
     def scaled(x: Tensor) -> Tensor:
         y: Tensor
-        y, root = _Norm.apply(x, norm)  # type: ignore[no-untyped-call]
+        y, root = Norm.apply(x, norm)  # type: ignore[no-untyped-call]
         give_recipe(Recipe((x, root)).then(lambda x, root: (norm.scale(x, root),)), y)
         return y
 

@@ -76,7 +76,7 @@ def test_without_a_compiler_the_function_runs_as_it_stands(
     monkeypatch.setattr(torch, "compile", compiling)
     with caplog.at_level(logging.WARNING):
         fused = _train(True, False, fused=True)
-    said = [record.getMessage() for record in caplog.records if record.name == "engine.sparse.compiled"]
+    said = [record.getMessage() for record in caplog.records if record.name == "engine.sparse.compiling"]
     assert len(said) == 1
     assert said[0].startswith("The update of the trained entries is not compiled: ")
     assert "no compiler" in said[0]
