@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from engine.sparse.kernels import write_changed
 from engine.sparse.positions import Positions
 
 _HALF_UNIT = 2**15  # of bf16, in units of fp32
@@ -95,7 +96,7 @@ class FloatValues:
     def apply(self, positions: Positions) -> None:
         """See `Numbers`."""
         if self._flat is not None and self._base is not None:
-            put(self._flat, positions.flat(), self._base + self.values.detach())
+            write_changed(self._flat, positions.flat(), self._base, self.values.detach())
 
     def remove(self, positions: Positions) -> None:
         """See `Numbers`."""

@@ -20,7 +20,7 @@ TOKENS = 256  # that it adds up; what programs of other tokens find is added aft
 AT_ONCE = 16  # tokens
 TILE_BLOCKS = TILE // NF4_BLOCK  # of a program of `rebuild`
 CHANGES = 128  # entries that are added to a tile at once
-TAKEN = 512  # entries that one program of `take` takes
+TAKEN = 512  # entries that one program of `take` or `write` takes
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])  # which differ from batch to batch
@@ -138,6 +138,22 @@ def take(products: Tensor, indices: Tensor, layout: Layout) -> Tensor:
             enable_fp_fusion=True,
         )
     return found
+
+
+@triton.jit(do_not_specialize=["count"])
+def _write(flat, positions, base, values, count, TAKEN: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TAKEN + tl.arange(0, TAKEN)
+    taken = at < count
+    changed = tl.load(base + at, mask=taken, other=0.0).to(tl.float32) + tl.load(values + at, mask=taken, other=0.0)
+    place = tl.load(positions + at, mask=taken, other=0).to(tl.int64)
+    tl.store(flat + place, changed.to(flat.dtype.element_ty), mask=taken)
+
+
+def write(flat: Tensor, positions: Tensor, base: Tensor, values: Tensor) -> None:
+    """Write round(base + values) at distinct positions; see `kernels.write_changed`."""
+    if positions.numel():
+        grid = (triton.cdiv(positions.numel(), TAKEN),)
+        _write[grid](flat, positions, base, values, positions.numel(), TAKEN=TAKEN, enable_fp_fusion=True)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ SIXTEENS = ("width", "grad_token", "x_token", "numel", "num_bytes")  # are multi
 def signature(kernel: Any, floats: str, index: str) -> dict[str, str]:
     """Return the types of a launch: factors and weight in `floats`, positions and sizes in `index`."""
     types = {"packed": "*u8", "absmax": "*u8", "hot_step": "i32"}
-    types |= dict.fromkeys(("grad_y", "x", "out", "products"), f"*{floats}")
+    types |= dict.fromkeys(("grad_y", "x", "out", "products", "flat"), f"*{floats}")
     types |= dict.fromkeys(("indices", "base", "shift", "place", "hot"), f"*{index}")
     types |= dict.fromkeys(("positions", "more_positions"), f"*{index}") | dict.fromkeys(("count", "tokens"), "i32")
     types |= dict.fromkeys(("starts", "more_starts"), "*i32") | dict.fromkeys(SIXTEENS, index)
@@ -71,6 +71,7 @@ def main() -> None:
             made = {
                 "sample": known(kernels._sample, SAMPLE, enable_fp_fusion=True),
                 "take": known(kernels._take, {"HOT": True, "TAKEN": kernels.TAKEN}, enable_fp_fusion=True),
+                "write": known(kernels._write, {"TAKEN": kernels.TAKEN}, enable_fp_fusion=True),
                 "rebuild": known(kernels._rebuild, REBUILD, enable_fp_fusion=False, num_stages=1),
             }
             check_rebuild(made["rebuild"].asm["ptx"], floats)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from engine.sparse.base_weight import NF4Packing, NF4Weight, quantise_nf4
 from engine.sparse.entries import ActiveEntries
-from engine.sparse.kernels import Change, plain_rebuild, products_agree, rebuilt_agree
+from engine.sparse.kernels import Change, plain_rebuild, products_agree, rebuilt_agree, written_agree
 from engine.sparse.positions import TILE, FlatPositions
 from engine.sparse.product_layout import Layout, taken_agree
-from engine.sparse.triton_kernels import rebuild, sample, take
+from engine.sparse.triton_kernels import rebuild, sample, take, write
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CPU = torch.device("cpu")
@@ -61,6 +61,20 @@ def taken() -> None:
     one = torch.tensor([0])
     layout = Layout(one, one, torch.arange(2), None, 0, 2)
     assert take(torch.tensor([2.0, 3.0]), torch.tensor([1, 0, 1]), layout).tolist() == [3, 2, 3]
+
+
+def written() -> None:
+    """Sums of base entries and values, cut where bf16 ends, at their places and nowhere else; none as well."""
+    for dtype in FLOATS:
+        assert dtype == torch.bfloat16 or written_agree(CPU, dtype)
+        base, positions = torch.randn(2000).to(dtype), torch.randperm(2000)[:600]
+        found, values = base.clone(), torch.randn(600)
+        write(found, positions, base[positions], values)
+        sums = base[positions].float() + values
+        expected = base.index_copy(0, positions, (cut(sums) if dtype == torch.bfloat16 else sums).to(dtype))
+        assert torch.equal(found, expected)
+        write(found, positions[:0], base[:0], values[:0])
+        assert torch.equal(found, expected)
 
 
 def check_rebuilt(weight: NF4Weight, changes: list[Change], dtype: torch.dtype) -> None:
@@ -133,6 +147,7 @@ def main() -> None:
     products()
     products_far_apart()
     taken()
+    written()
     rebuilt()
     rebuilt_after_moves()
 

@@ -13,7 +13,14 @@ import torch
 from engine.sparse.base_weight import quantise_nf4
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.gradient_costs import machine_key
-from engine.sparse.kernels import plain_rebuild, products_agree, rebuild_nf4, rebuilt_agree, samples_by_kernel
+from engine.sparse.kernels import (
+    plain_rebuild,
+    products_agree,
+    rebuild_nf4,
+    rebuilt_agree,
+    samples_by_kernel,
+    written_agree,
+)
 from engine.sparse.linear import rebuild_weight
 from engine.sparse.positions import FlatPositions
 from engine.sparse.product_layout import taken_agree
@@ -44,7 +51,7 @@ def test_in_the_interpreter_kernels_give_the_numbers_of_the_plain_forms(tmp_path
 
 @needs_triton
 def test_kernels_compile_for_cards_from_ampere_to_blackwell(tmp_path: Path) -> None:
-    assert len(_run("kernels_compiled.py", tmp_path).splitlines()) == 3 * 3 * 5
+    assert len(_run("kernels_compiled.py", tmp_path).splitlines()) == 4 * 3 * 5
 
 
 @needs_triton
@@ -140,6 +147,7 @@ def test_on_a_gpu_kernels_give_the_numbers_of_the_plain_forms(dtype: torch.dtype
     device = torch.device("cuda", 0)
     assert products_agree(device, dtype)
     assert taken_agree(device, dtype)
+    assert written_agree(device, dtype)
     assert rebuilt_agree(device, dtype)
     assert "kernel" in machine_key(device, dtype)
     weight = quantise_nf4(torch.randn(1000, 777, device=device, dtype=dtype))
