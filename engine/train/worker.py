@@ -18,7 +18,7 @@ from engine.data.labels import Labels
 from engine.errors import DatasetError, EngineError, TrainingError
 from engine.events import Checkpointed, Evaluated, ModelLoaded, RunState, Warned
 from engine.hardware import resolve_device
-from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
+from engine.models import device_of, load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
 from engine.planner.row_lengths import keep_lengths, keep_uncounted
 from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
@@ -157,9 +157,7 @@ def _taken(turn: filelock.FileLock) -> bool:
 def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
     spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
-    device = torch.device(resolve_device(spec.device).name)
-    if device.type == "cuda":  # for libraries and random states that ask for the current one
-        torch.cuda.set_device(device)  # not before its turn: that takes memory
+    device = device_of(spec.device)
     with peers.one_after_the_first():
         tokenizer = load_tokenizer(spec)
         data = _prepared(spec, tokenizer)
@@ -172,6 +170,9 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         require_fit(plan)
         write_json(run.path / "plan.json", plan.to_dict())
     spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
+    if device.type == "cuda":  # for libraries and random states that ask for the current one
+        # Not before the plan: that takes memory, which the driver of a container cannot say to be this process's own.
+        torch.cuda.set_device(device)
     hold_to_budget(plan, device)
     torch.manual_seed(spec.seed + peers.rank)
     trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device), peers)
