@@ -27,7 +27,7 @@ from engine.metrics import WORDS
 from engine.models import device_of, load_model, load_tokenizer, resolve_dtype
 from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors, require_own_names
 from engine.planner.shape import resolve_model
-from engine.runs import Run, read_events, read_report, read_spec, write_json
+from engine.runs import Run, read_events, read_report, read_spec, require_idle, write_json
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, SparseDelta, read_info, require_base
 from engine.sparse.entries import ActiveEntries
@@ -64,8 +64,16 @@ class Exported:
 
 
 def export(run: Run, folder: Path, kind: Kind) -> Exported:
-    """Write the result of `run` into `folder` as `kind`; see `merge` and `export_peft`."""
-    return merge(run, folder) if kind == "merged" else export_peft(run, folder)
+    """Write the result of `run` into `folder` as `kind`; see `merge` and `export_peft`.
+
+    Raises:
+        EngineError: as these say, or a run is at work on the GPU that an NF4 base was quantised on.
+    """
+    if kind == "peft":
+        return export_peft(run, folder)
+    spec = read_spec(run)
+    require_idle(resolve_device(spec.device if spec.quantization == "nf4" else "cpu"), run.path.parent)
+    return merge(run, folder)
 
 
 def merge(run: Run, folder: Path) -> Exported:

@@ -21,7 +21,17 @@ from engine.hardware import resolve_device
 from engine.models import device_of, load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
 from engine.planner.row_lengths import keep_lengths, keep_uncounted
-from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
+from engine.runs import (
+    Run,
+    device_lock,
+    latest_checkpoint,
+    read_events,
+    read_plan,
+    read_spec,
+    run_lock,
+    take_lock,
+    write_json,
+)
 from engine.sparse.base_weight import base_weights
 from engine.sparse.peers import ALONE, PeerLostError, Peers
 from engine.spec import RunSpec
@@ -126,17 +136,17 @@ def _sentence(error: Exception) -> str:
 
 @contextmanager
 def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
-    """Wait as `queued` until no other run of the folder uses the devices; yield False where a stop came first."""
+    """Wait as `queued` until no other run, or chat, of the folder uses the devices; False if a stop came first."""
     device = resolve_device(own_spec(spec, 0).device)
     count = 1 if device.is_cpu else spec.num_processes
     names = [device.name] if count == 1 else [f"cuda:{rank}" for rank in range(count)]
     waiting = False
     with ExitStack() as turns:
         for name in names:  # in this order by everyone, so that no two wait for each other
-            turn = filelock.FileLock(run.path.parent / f".{name.replace(':', '-')}.lock")
-            while not _taken(turn):
+            turn = device_lock(run.path.parent, name)
+            while not take_lock(turn):
                 if not waiting:
-                    journal.state("queued", f"Waiting for another run on {device.label} to end.")
+                    journal.state("queued", f"Waiting for another run, or a chat, on {device.label} to end.")
                     waiting = True
                 if journal.stop_requested():
                     yield False
@@ -144,14 +154,6 @@ def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
                 time.sleep(QUEUE_POLL_S)
             turns.callback(turn.release)
         yield True
-
-
-def _taken(turn: filelock.FileLock) -> bool:
-    try:
-        turn.acquire(blocking=False)
-    except filelock.Timeout:
-        return False
-    return True
 
 
 def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
