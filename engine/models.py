@@ -122,7 +122,9 @@ def _options(spec: RunSpec, device: torch.device, dense: Sequence[str] = ()) -> 
     dtype = resolve_dtype(spec.dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if spec.quantization == "nf4":
-        options |= {"quantization_config": nf4_config(dtype, dense), "device_map": {"": device}}
+        options["quantization_config"] = nf4_config(dtype, dense)
+    if spec.quantization == "nf4" or device.type == "cuda":  # tensor by tensor: main memory may be less than the model
+        options["device_map"] = {"": device}
     return options
 
 
