@@ -18,9 +18,10 @@ from engine.data.labels import Labels, split_pair
 from engine.data.templates import encode_prompt
 from engine.errors import EngineError
 from engine.evaluate import padding_id
+from engine.export import spec_as_run
 from engine.hardware import resolve_device
-from engine.models import load_tokenizer
-from engine.runs import Run, has_worker, read_spec
+from engine.models import device_of, load_tokenizer
+from engine.runs import Run, device_lock, take_lock
 from engine.sparse.delta import read_info
 from engine.train.results import apply_result, load_base
 
@@ -59,18 +60,20 @@ class ChatModel:
     def __init__(self, run: Run) -> None:
         """Load the base model and apply the result.
 
-        A GPU on which a run is at work is left to it: chat then uses the CPU.
+        A GPU on which a run is at work is left to it: chat then uses the CPU, in the dtype of the run all the same,
+        in which an NF4 base was quantised. A GPU that is free is the chat's as long as its process lives: runs wait.
 
         Raises:
             EngineError: the model or the result cannot be loaded.
         """
-        self._spec = read_spec(run)
+        self._spec = spec_as_run(run)
         device = resolve_device(self._spec.device)
-        busy = not device.is_cpu and any(has_worker(Run(path.parent)) for path in run.path.parent.glob("*/spec.yaml"))
+        self._turn = device_lock(run.path.parent, device.name)
+        busy = not device.is_cpu and not take_lock(self._turn)
         self._tokenizer = load_tokenizer(self._spec)
         names = read_info(run.delta_path).labels
         self._labels = None if names is None else Labels(names)
-        self._model = load_base(self._spec, torch.device("cpu" if busy else device.name), names)
+        self._model = load_base(self._spec, device_of("cpu" if busy else device.name), names)
         self._result = apply_result(self._model, run.delta_path)
         self._applied = True
 

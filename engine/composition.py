@@ -9,16 +9,23 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.data.batches import evaluation_batches, prepare_data
 from engine.errors import DeltaError
 from engine.evaluate import answer_questions, exact_match, heldout_loss
 from engine.events import EventWriter, StateChanged
 from engine.export import spec_as_run
 from engine.hardware import resolve_device
-from engine.models import load_model, load_tokenizer
-from engine.runs import Run, RunStatus, create_run, read_report, read_spec, write_json, write_status
+from engine.models import device_of, load_model, load_tokenizer
+from engine.runs import (
+    Run,
+    RunStatus,
+    create_run,
+    read_report,
+    read_spec,
+    require_idle,
+    write_json,
+    write_status,
+)
 from engine.sparse.compose import Overlap, add, overlap, scale
 from engine.sparse.delta import SparseDelta
 from engine.units import format_percent
@@ -90,7 +97,8 @@ def _new_run(parts: Sequence[Part], root: Path) -> Run:
 
 def _evaluated(parts: Sequence[Part], summed: SparseDelta) -> tuple[Part, ...]:
     spec = spec_as_run(parts[0].run)
-    device = torch.device(resolve_device(spec.device).name)
+    require_idle(resolve_device(spec.device), parts[0].run.path.parent)
+    device = device_of(spec.device)
     model, tokenizer = load_model(spec, device), load_tokenizer(spec)
     summed.apply(model)
     measured = []

@@ -24,10 +24,10 @@ from engine.errors import DeltaError, EngineError
 from engine.events import ModelLoaded
 from engine.hardware import resolve_device
 from engine.metrics import WORDS
-from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.models import device_of, load_model, load_tokenizer, resolve_dtype
 from engine.peft_format import MERGE_INSTEAD, PEFT_CONFIG, PEFT_WEIGHTS, peft_config, peft_tensors, require_own_names
 from engine.planner.shape import resolve_model
-from engine.runs import Run, read_events, read_report, read_spec, write_json
+from engine.runs import Run, read_events, read_report, read_spec, require_idle, write_json
 from engine.sparse.base_weight import NF4Weight, base_weights
 from engine.sparse.delta import DeltaInfo, SparseDelta, read_info, require_base
 from engine.sparse.entries import ActiveEntries
@@ -64,8 +64,16 @@ class Exported:
 
 
 def export(run: Run, folder: Path, kind: Kind) -> Exported:
-    """Write the result of `run` into `folder` as `kind`; see `merge` and `export_peft`."""
-    return merge(run, folder) if kind == "merged" else export_peft(run, folder)
+    """Write the result of `run` into `folder` as `kind`; see `merge` and `export_peft`.
+
+    Raises:
+        EngineError: as these say, or a run is at work on the GPU that an NF4 base was quantised on.
+    """
+    if kind == "peft":
+        return export_peft(run, folder)
+    spec = read_spec(run)
+    require_idle(resolve_device(spec.device if spec.quantization == "nf4" else "cpu"), run.path.parent)
+    return merge(run, folder)
 
 
 def merge(run: Run, folder: Path) -> Exported:
@@ -87,7 +95,7 @@ def merge(run: Run, folder: Path) -> Exported:
     delta = None if info.method in BASELINES else SparseDelta.load(run.delta_path)
     spec = spec_as_run(run)
     quantised = spec.quantization == "nf4"  # the base, be it that no weight of the delta is
-    device = torch.device(resolve_device(spec.device).name if quantised else "cpu")
+    device = device_of(spec.device if quantised else "cpu")
     model, head = load_base(spec, device, info.labels), read_head(run.delta_path)
     if delta is None:
         require_base(info, {name: weight for name, weight in base_weights(model).items() if name not in head})
@@ -146,7 +154,7 @@ def _requantised_error(
     spec: RunSpec, folder: Path, merged: PreTrainedModel, info: DeltaInfo, delta: SparseDelta | None
 ) -> dict[str, float]:
     """Load the merged model in NF4, as its users would, and compare it with itself."""
-    device = torch.device(resolve_device(spec.device).name)
+    device = device_of(spec.device)
     again = load_base(spec.model_copy(update={"model": str(folder), "model_revision": None}), device, info.labels)
     largest = squares = delta_squares = 0.0
     count = 0

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from engine.errors import ModelError
+from engine.errors import DeviceError, ModelError
 from engine.evaluate import padding_id
+from engine.hardware import resolve_device
 from engine.hub import hub_online, require_hub
 from engine.planner.encoders import HEAD_MODULES
 from engine.planner.families import LANGUAGE_MODEL
@@ -45,6 +46,22 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[dtype]
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that a spec's `device` means, for PyTorch.
+
+    Raises:
+        DeviceError: it is not here, or this PyTorch cannot use it.
+    """
+    found = resolve_device(name)
+    if not found.is_cpu and not torch.cuda.is_available():
+        cuda = torch.version.cuda
+        remedy = (
+            f"Its CUDA {cuda} needs a newer driver: update that" if cuda else "It lacks CUDA: install a build that has"
+        )
+        raise DeviceError(f"PyTorch {torch.__version__} cannot use {found.label}. {remedy}, or set device=cpu.")
+    return torch.device(found.name)
 
 
 def load_model(spec: RunSpec, device: torch.device) -> PreTrainedModel:
@@ -105,7 +122,9 @@ def _options(spec: RunSpec, device: torch.device, dense: Sequence[str] = ()) -> 
     dtype = resolve_dtype(spec.dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if spec.quantization == "nf4":
-        options |= {"quantization_config": nf4_config(dtype, dense), "device_map": {"": device}}
+        options["quantization_config"] = nf4_config(dtype, dense)
+    if spec.quantization == "nf4" or device.type == "cuda":  # tensor by tensor: main memory may be less than the model
+        options["device_map"] = {"": device}
     return options
 
 

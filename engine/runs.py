@@ -23,6 +23,7 @@ import filelock
 
 from engine.errors import RunError
 from engine.events import LIVE_STATES, Record, RunState, from_line
+from engine.hardware import Device
 from engine.spec import RunSpec
 from engine.spec_io import dump_spec, load_values, parse_spec
 
@@ -241,6 +242,30 @@ def take_request(run: Run, request: Request) -> bool:
 def run_lock(run: Run) -> filelock.FileLock:
     """Return the lock that the worker of `run` holds while it lives."""
     return filelock.FileLock(run.lock_path)
+
+
+def device_lock(root: Path, name: str) -> filelock.FileLock:
+    """Return the lock that a run of those in `root`, or a chat, holds while it uses the device of this name."""
+    return filelock.FileLock(root / f".{name.replace(':', '-')}.lock")
+
+
+def take_lock(lock: filelock.FileLock) -> bool:
+    """Take `lock` where nobody has it; return whether it was taken."""
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def require_idle(device: Device, root: str | Path) -> None:
+    """Do nothing where `device` is the CPU, or no run in `root` is at work.
+
+    Raises:
+        RunError: one is, and may need all memory of the GPU.
+    """
+    if not device.is_cpu and any(has_worker(run) for run in list_runs(root)):
+        raise RunError(f"A run is at work on {device.label}. Wait for it to end.")
 
 
 def has_worker(run: Run) -> bool:

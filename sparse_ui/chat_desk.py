@@ -1,12 +1,13 @@
 """Keeps at most one chat process.
 
-It starts with the first message, and ends on a change of run, when idle, and with the app.
+It starts with the first message, and ends on a change of run, when idle, where a run begins on a GPU, and with the app.
 """
 
 import threading
 import time
 from collections.abc import Iterator
 
+from engine.hardware import resolve_device
 from engine.runs import Run
 from engine.workers import ChatChunk, ChatProcess, Side, start_chat
 
@@ -65,6 +66,11 @@ class ChatDesk:
         with self._lock:
             if self._process is not None and self._process.run == run:
                 self._close()
+
+    def make_room(self, device: str) -> None:
+        """End the chat process where a run on a GPU, which `device` of its spec means, is to begin: it would wait."""
+        if not resolve_device(device).is_cpu:
+            self.close()
 
     def close_if_idle(self) -> None:
         """End the chat process where nobody has written for `IDLE_S` seconds."""

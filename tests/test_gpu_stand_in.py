@@ -63,6 +63,13 @@ def test_a_run_on_a_gpu_has_all_its_tensors_there(results: list[list[float]], ca
     assert here > 0
 
 
+def test_weights_go_to_a_gpu_one_by_one_not_as_a_whole_model_from_main_memory(guard: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", FOLDER / "loading.py", guard, tmp_path]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    loaded, placed = (json.loads(line) for line in said.splitlines())
+    assert loaded == placed == ["cuda:0"]
+
+
 def test_the_stand_in_refuses_to_mix(guard: Path) -> None:
     mix = f"import device; device.load({str(guard)!r}); import torch\nwith device.stand_in():\n    "
     mix += "torch.ones(2, device='cuda') + torch.ones(2)"

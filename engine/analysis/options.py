@@ -92,9 +92,7 @@ def spec_of(options: Options) -> RunSpec:
             "dataset is missing: name a file, a folder, a bundled dataset such as demo/pirate, or a Hub id."
         )
     require_weights(spec.model, spec.model_revision)
-    device = resolve_device(spec.device)
-    if device.name != "cpu" and any(runs.has_worker(run) for run in runs.list_runs(spec.output)):
-        raise EngineError(f"A run is at work on {device.label}. Wait for it to end, or set device=cpu.")
+    runs.require_idle(resolve_device(spec.device), spec.output)
     return spec
 
 

@@ -22,8 +22,7 @@ from engine.analysis.twin import random_twin
 from engine.data.batches import Batch, evaluation_batches, prepare_data
 from engine.data.steps import step_batches
 from engine.errors import EngineError
-from engine.hardware import resolve_device
-from engine.models import load_model, load_tokenizer
+from engine.models import device_of, load_model, load_tokenizer
 from engine.spec import RunSpec
 from engine.spec_io import parse_spec
 
@@ -53,7 +52,7 @@ def _say(**body: Any) -> None:
 
 
 def _load(spec: RunSpec) -> PreTrainedModel:
-    return load_model(spec, torch.device(resolve_device(spec.device).name))
+    return load_model(spec, device_of(spec.device))
 
 
 def _gradients(spec: RunSpec, settings: dict[str, int]) -> dict[str, Any]:

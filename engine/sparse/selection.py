@@ -137,9 +137,10 @@ class GlobalChoice:
         kept.ranks[positions == best] = float("inf")
         self._kept[name] = kept
         if sum(each.ranks.numel() for each in self._kept.values()) > 2 * self._count:
-            self._threshold = float(
-                torch.cat([each.ranks for each in self._kept.values()]).topk(self._count).values[-1]
-            )
+            joined = torch.cat([each.ranks for each in self._kept.values()])
+            # Not sorted: a GPU would take as much again several times over to sort what is looked at once.
+            self._threshold = float(joined.topk(self._count, sorted=False).values.min())
+            del joined
             self._kept = {name: each.only(each.ranks >= self._threshold) for name, each in self._kept.items()}
 
     def result(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ import engine.train.worker  # noqa: F401 - what a worker has loaded is part of w
 from engine.data.batches import prepare_data
 from engine.events import Event, Stepped
 from engine.hardware import Device, list_gpus, resolve_device
-from engine.models import load_model, load_tokenizer, resolve_dtype
+from engine.models import device_of, load_model, load_tokenizer, resolve_dtype
 from engine.planner.calibration import Rate, store_bytes, store_rate
 from engine.planner.plan import make_plan
 from engine.presets import load_preset
@@ -36,7 +36,7 @@ def measure(name: str) -> None:
         DeviceError: it is not here.
     """
     found = resolve_device(name)
-    device = torch.device(found.name)
+    device = device_of(name)
     changes = {"max_steps": _STEPS, "device": found.name, "dtype": "auto", "probe_interval": 0}
     spec = load_preset("demo").model_copy(update={**changes, "evaluation_interval": 0})
     tokenizer = load_tokenizer(spec)

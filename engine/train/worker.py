@@ -18,10 +18,20 @@ from engine.data.labels import Labels
 from engine.errors import DatasetError, EngineError, TrainingError
 from engine.events import Checkpointed, Evaluated, ModelLoaded, RunState, Warned
 from engine.hardware import resolve_device
-from engine.models import load_classifier, load_model, load_tokenizer, resolve_dtype
+from engine.models import device_of, load_classifier, load_model, load_tokenizer, resolve_dtype
 from engine.planner.plan import Plan, make_plan, require_fit
 from engine.planner.row_lengths import keep_lengths, keep_uncounted
-from engine.runs import Run, latest_checkpoint, read_events, read_plan, read_spec, run_lock, write_json
+from engine.runs import (
+    Run,
+    device_lock,
+    latest_checkpoint,
+    read_events,
+    read_plan,
+    read_spec,
+    run_lock,
+    take_lock,
+    write_json,
+)
 from engine.sparse.base_weight import base_weights
 from engine.sparse.peers import ALONE, PeerLostError, Peers
 from engine.spec import RunSpec
@@ -126,17 +136,17 @@ def _sentence(error: Exception) -> str:
 
 @contextmanager
 def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
-    """Wait as `queued` until no other run of the folder uses the devices; yield False where a stop came first."""
+    """Wait as `queued` until no other run, or chat, of the folder uses the devices; False if a stop came first."""
     device = resolve_device(own_spec(spec, 0).device)
     count = 1 if device.is_cpu else spec.num_processes
     names = [device.name] if count == 1 else [f"cuda:{rank}" for rank in range(count)]
     waiting = False
     with ExitStack() as turns:
         for name in names:  # in this order by everyone, so that no two wait for each other
-            turn = filelock.FileLock(run.path.parent / f".{name.replace(':', '-')}.lock")
-            while not _taken(turn):
+            turn = device_lock(run.path.parent, name)
+            while not take_lock(turn):
                 if not waiting:
-                    journal.state("queued", f"Waiting for another run on {device.label} to end.")
+                    journal.state("queued", f"Waiting for another run, or a chat, on {device.label} to end.")
                     waiting = True
                 if journal.stop_requested():
                     yield False
@@ -146,20 +156,10 @@ def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
         yield True
 
 
-def _taken(turn: filelock.FileLock) -> bool:
-    try:
-        turn.acquire(blocking=False)
-    except filelock.Timeout:
-        return False
-    return True
-
-
 def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) -> None:
     spec = own_spec(spec, peers.rank)
     journal.state("preparing", "Reading the dataset.")
-    device = torch.device(resolve_device(spec.device).name)
-    if device.type == "cuda":  # for libraries and random states that ask for the current one
-        torch.cuda.set_device(device)  # not before its turn: that takes memory
+    device = device_of(spec.device)
     with peers.one_after_the_first():
         tokenizer = load_tokenizer(spec)
         data = _prepared(spec, tokenizer)
@@ -172,6 +172,9 @@ def _work(run: Run, spec: RunSpec, journal: Journal | Listener, peers: Peers) ->
         require_fit(plan)
         write_json(run.path / "plan.json", plan.to_dict())
     spec = peers.from_first(plan.settle(spec))  # what is free differs from card to card
+    if device.type == "cuda":  # for libraries and random states that ask for the current one
+        # Not before the plan: that takes memory, which the driver of a container cannot say to be this process's own.
+        torch.cuda.set_device(device)
     hold_to_budget(plan, device)
     torch.manual_seed(spec.seed + peers.rank)
     trainer = _build(run, journal, Loaded(spec, tokenizer, data, plan, device), peers)

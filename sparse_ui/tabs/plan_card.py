@@ -15,6 +15,7 @@ from engine.planner.plan import make_plan
 from engine.planner.row_lengths import known_lengths, why_uncounted
 from engine.spec import RunSpec, about
 from sparse_ui import cards, form
+from sparse_ui.chat_desk import ChatDesk
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain
 from sparse_ui.plan_view import REMEDY_ROWS, FitView, view_fit, view_plan
@@ -203,14 +204,17 @@ def wire_start(context: AppContext, card: PlanCard, widgets: dict[str, Any], sta
     """Let the button start a run of what the form says, and put its id into `started`."""
     answer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": card.said}
     fields = [widgets[name] for name in form.WIDGETS]
-    card.start.click(_start(str(context.settings.runs_root)), fields, [card.said, started], **answer)
+    card.start.click(_start(context.chat, str(context.settings.runs_root)), fields, [card.said, started], **answer)
 
 
-def _start(output: str) -> Callable[..., Iterator[tuple[str, Any]]]:
+def _start(chat: ChatDesk, output: str) -> Callable[..., Iterator[tuple[str, Any]]]:
     def start(*values: Any) -> Iterator[tuple[str, Any]]:
         yield STARTING, gr.skip()  # a model that has to be traced first takes seconds
         try:
-            yield "", workers.start_run(form.read_form(values, output)).id
+            spec = form.read_form(values, output)
+            run = workers.start_run(spec)
+            chat.make_room(spec.device)
+            yield "", run.id
         except Exception as error:
             yield cards.callout(explain(error, "starting the run").sentences), gr.skip()
 

@@ -176,6 +176,7 @@ def _resume(context: AppContext, ids: Sequence[str]) -> tuple[str, Any]:
         return "", gr.skip()
     try:
         workers.start_worker(run)
+        context.chat.make_room(runs.read_spec(run).device)
     except Exception as error:
         return cards.callout(explain(error, "resuming the run").sentences), gr.skip()
     return "", (run.id, runs.read_status(run).updated_s)

@@ -13,11 +13,13 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from engine.errors import ModelError
-from engine.models import load_classifier, load_model, load_tokenizer
+from engine.errors import DeviceError, ModelError
+from engine.hardware import Gpu
+from engine.models import device_of, load_classifier, load_model, load_tokenizer
 from engine.planner.encoders import is_head
 from engine.planner.shape import read_shape
 from engine.spec import RunSpec
+from engine.units import GIB
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -66,3 +68,13 @@ def test_the_head_of_modernbert_stays_dense_over_nf4(tmp_path: Path) -> None:
     model, head = load_classifier(spec, torch.device("cpu"), ("no", "yes"))
     assert set(head) == {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"}
     assert all(model.get_parameter(name).is_floating_point() and is_head(name) for name in head)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_card_that_this_pytorch_cannot_use_is_said_in_a_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Gpu(0, "RTX 4090", 24 * GIB, 23 * GIB, None, 89)
+    monkeypatch.setattr("engine.hardware.list_gpus", lambda: [card])  # the driver's answer
+    with pytest.raises(DeviceError, match=r"cannot use RTX 4090\. It lacks CUDA: .* or set device=cpu"):
+        device_of(name)
+    assert device_of("cpu") == torch.device("cpu")

@@ -10,3 +10,12 @@ def test_cards_have_the_numbers_of_nvml_unless_a_person_says_otherwise(monkeypat
     assert worker_environment()["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     assert worker_environment()["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+
+
+def test_attention_on_any_card_is_the_one_that_is_planned_with_unless_a_person_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    assert worker_environment()["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "0")
+    assert worker_environment()["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "0"

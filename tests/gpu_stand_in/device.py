@@ -129,6 +129,7 @@ def _pretend(torch: Any) -> None:
         "get_device_properties": SimpleNamespace(name="stand-in", total_memory=24 * GIB, major=8, minor=9),
         "mem_get_info": (23 * GIB, 24 * GIB),
         "memory_allocated": GIB,
+        "memory_reserved": GIB,
         "max_memory_allocated": GIB,
         "get_rng_state": torch.get_rng_state(),
         "set_rng_state": None,

@@ -9,6 +9,7 @@ import pytest
 
 from engine.presets import bundled_models
 from engine.spec import RunSpec
+from sparse_ui.chat_desk import ChatDesk
 from sparse_ui.form import WIDGETS, fill_form
 from sparse_ui.plan_view import view_plan
 from sparse_ui.tabs.data import view_data
@@ -29,7 +30,7 @@ def _form(**changes: Any) -> list[Any]:
 
 def _started(folder: Path, **changes: Any) -> str:
     """Press Start with the given values in the form; return what the page says below the button."""
-    *_, (said, _) = _start(str(folder))(*_form(**changes))
+    *_, (said, _) = _start(ChatDesk(), str(folder))(*_form(**changes))
     assert not list(folder.glob("*/spec.yaml")), "a run was made"
     assert "Traceback" not in said
     return html.unescape(said)

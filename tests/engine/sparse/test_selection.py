@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.selection import (
@@ -67,6 +70,31 @@ def test_global_choice_is_the_top_over_all_tensors_and_leaves_none_out(count: in
         expected = ((tensor.abs() >= threshold) | (tensor.abs() == best[name])).nonzero().flatten()
         assert torch.equal(positions.long(), expected)
         assert torch.equal(payload, tensor[expected])
+
+
+class _TopK(TorchDispatchMode):
+    """Keeps, of each `topk`, how many were asked for and whether in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.topk.default:
+            in_order = (kwargs or {}).get("sorted", args[4] if len(args) > 4 else True)
+            self.asked.append((args[1], in_order))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_budget_is_cut_without_sorting_it_which_takes_a_gpu_several_times_its_memory() -> None:
+    choice = GlobalChoice(600)
+    with _TopK() as seen:
+        for name in "abcdef":
+            scores = torch.rand(500, generator=torch.Generator().manual_seed(ord(name)))
+            choice.add(name, scores, scores)
+        choice.result()
+    assert len(seen.asked) > 1
+    assert not any(in_order for _, in_order in seen.asked)
 
 
 def test_topk_refuses_nan_and_counts_out_of_range() -> None:
