@@ -49,7 +49,7 @@ def worker_environment() -> dict[str, str]:
     # cuda:1 is the card that NVML, by which runs are planned, calls 1: CUDA's own order begins with the fastest.
     defaults["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     # On Hopper and data center Blackwell PyTorch takes cuDNN's attention first, which builds a plan for every length of
-    # a batch that it has not seen, 0.4 s forward and 0.6 s backward (github.com/modelscope/FunASR, #3704). Next is flash.
+    # a batch that it has not seen, 0.4 s forward and 0.6 s backward (FunASR, #3704). Next is flash.
     defaults["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
     return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
