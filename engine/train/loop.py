@@ -22,6 +22,7 @@ from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.peers import ALONE, Peers
 from engine.sparse.probe import GradientProbe
+from engine.sparse.recompute import kept_by_model
 from engine.spec import BASELINES, RunSpec
 from engine.spec_rules import selects_in
 from engine.train.checkpoint import Progress
@@ -96,6 +97,9 @@ class Trainer:
             self.spec, self.model, self.tokenizer, self.data, self.device, self.chunks, self.control.stop_requested
         )
         checkpoint_blocks(self.model, self.spec)
+        lean = any(each.lean for each in kept_by_model(self.spec, self.model))
+        if self.spec.recompute in ("elementwise", "mlp") and not lean:
+            self.emit(Warned("How blocks of this model could keep less is not known; they keep all that they make."))
 
     def run(self) -> bool:
         """Train from the step after `self.step` to the last one.
