@@ -188,10 +188,11 @@ class Trainer:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.tuning.write_back()
-        if self.tuning.spiel is not None and (done := self.tuning.spiel.end_step(step, clip / scale)):
-            self.emit(selected(step, self.tuning, self.spec, done.replaced))
-        if looks and self.sparse is not None:
-            self.sparse.plan_gradients()
+        if self.sparse is not None:
+            if self.sparse.spiel is not None and (done := self.sparse.spiel.end_step(step, clip / scale)):
+                self.emit(selected(step, self.sparse, done.replaced))
+            if looks:
+                self.sparse.plan_gradients()
         return figures
 
     def _figures(self, step: int, rows: StepBatches, losses: list[Tensor], norm: Tensor) -> StepFigures:
@@ -271,9 +272,8 @@ class Trainer:
         if probe:
             self.emit(probed(step, probe))
         if self.sparse is not None and (step == 1 or selects_in(step, self.spec)):
-            self.emit(
-                selected(step, self.tuning, self.spec, self.sparse.num_active if step == 1 else self.sparse.replaced)
-            )
+            replaced = self.sparse.num_active if step == 1 else self.sparse.replaced
+            self.emit(selected(step, self.sparse, replaced))
 
     def _probe_due(self, step: int) -> bool:
         interval = 0 if self.spec.method in BASELINES else self.spec.probe_interval
