@@ -12,11 +12,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.kept import say_versions
+from benchmarks.kept import keep, say_versions
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.optimizers import build_optimizer
@@ -143,12 +144,14 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=24)
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
     kind = torch.device(options.device).type
     if kind == "cpu":
         torch.set_num_threads(1)
     say_versions(kind)
     rows = measure(options.device, options.tensors, options.entries)
+    keep(options.readings, kind, rows, rounds=ROUNDS, tensors=options.tensors, entries=options.entries)
     if options.json:
         print(json.dumps(rows))
         return

@@ -268,9 +268,9 @@ def has_peft(name: str) -> bool:
 
 def versions(device_type: str) -> dict[str, str]:
     """Return what the readings were taken with."""
-    device, optional = f"{platform.machine()}, 1 thread", ["peft"]
+    device, optional = f"{platform.machine()}, 1 thread", ["peft", "bitsandbytes"]
     if device_type == "cuda":
-        device, optional = torch.cuda.get_device_name(), ["peft", "bitsandbytes", "triton", "liger-kernel"]
+        device, optional = torch.cuda.get_device_name(), [*optional, "triton", "liger-kernel"]
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     for name in optional:
         with suppress(importlib.metadata.PackageNotFoundError):
