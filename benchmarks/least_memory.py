@@ -5,7 +5,9 @@ succeed, a reselection among them; density 1 %, rows of 1 x 2,048 tokens, AdamW 
 process of its own that holds itself to the limit (`set_per_process_memory_fraction`, which leaves the CUDA context out)
 and trains a model of random weights. Elsewhere the limit is replayed: the trace of the same run and PyTorch's caching
 allocator at that limit, and beside it cuBLAS's workspaces, which the trace does not see. `--readings FILE` keeps what
-there is after each cell; each try is told as it ends. Of methods without a real try only the replay takes time: give
+there is after each cell; each try is told as it ends. Cells of Table 3 have the settings of that paper, as many entries
+as LoRA of rank 64 has, and beside them what its own code took, in whole GiB; the loss in chunks, and norm outputs and
+activation products made again, are this program's. Of methods without a real try only the replay takes time: give
 one `--cell` and one `--method` where time on a device is short.
 """
 
@@ -15,7 +17,7 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.kept import keep, say_versions
+from benchmarks.published_spiel import TABLE_3
 from benchmarks.random_models import config_folder, random_model
 from benchmarks.real_runs import train
 from engine.hardware import Device
@@ -54,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spiel-ma": {"method": "spiel-ma"},
     "spiel-ag": {"method": "spiel-ag"},
     "spiel-ag, 8 bit": {"method": "spiel-ag", "optimizer_states": "8bit"},
+    "spiel-ag, compact": {"method": "spiel-ag", "optimizer_states": "compact"},
     "sift": {"method": "sift"},
     "sift, 8 bit": {"method": "sift", "optimizer_states": "8bit"},
     "sift, compact": {"method": "sift", "optimizer_states": "compact"},
@@ -62,11 +66,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A model and how it is trained, with what it should need, GiB."""
+    """A model and how it is trained. `goals_gib`: what it should need by each method that it is tried with."""
 
     name: str
     model: str
-    goal_gib: float
+    goals_gib: Mapping[str, float]
     fields: Mapping[str, Any]
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,13 +80,29 @@ class Cell:
 
 
 NF4: dict[str, Any] = {"quantization": "nf4", "gradient_checkpointing": True}
+RANK_64 = {"7b": 0.02469, "13b": 0.01973}  # densities of as many entries as LoRA trains
+
+
+def table_3() -> Iterator[Cell]:
+    """Yield the settings of Table 3 over both bases, without and with checkpointing."""
+    for size, density in RANK_64.items():
+        for base, prefix in (("none", ""), ("nf4", "q")):
+            published = {method: TABLE_3[size, prefix + method] for method in ("spiel-ag", "spiel-ma")}
+            for checkpointed in (False, True):
+                fields = {"density": density, "quantization": base, "gradient_checkpointing": checkpointed}
+                goals = {method: float(gib[checkpointed]) for method, gib in published.items()}
+                name = f"{size.upper()} {'NF4' if prefix else 'bf16'} of Table 3{', checkpointed' * checkpointed}"
+                yield Cell(name, f"meta-llama/Llama-2-{size}-hf", goals, fields)
+
+
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("7B NF4", "huggyllama/llama-7b", 5.8, NF4),
-        Cell("13B NF4", "huggyllama/llama-13b", 10.3, NF4),
-        Cell("33B NF4", "huggyllama/llama-30b", 23.0, NF4),
-        Cell("7B bf16, no recomputation", "huggyllama/llama-7b", 21.3, {}),
+        Cell("7B NF4", "huggyllama/llama-7b", dict.fromkeys(METHODS, 5.8), NF4),
+        Cell("13B NF4", "huggyllama/llama-13b", dict.fromkeys(METHODS, 10.3), NF4),
+        Cell("33B NF4", "huggyllama/llama-30b", dict.fromkeys(METHODS, 23.0), NF4),
+        Cell("7B bf16, no recomputation", "huggyllama/llama-7b", dict.fromkeys(METHODS, 21.3), {}),
+        *table_3(),
     )
 }
 
@@ -105,14 +125,13 @@ def measured(cell: Cell, method: str, guess: int) -> dict[str, Any]:
 
 
 def _row(cell: Cell, method: str, device: str, steps: int) -> dict[str, Any]:
-    gib = round(steps * STEP_GIB, 1)
-    name = f"least memory of {cell.name}, {method}"
+    gib, goal_gib = round(steps * STEP_GIB, 1), cell.goals_gib[method]
     return {
-        "name": name,
+        "name": f"least memory of {cell.name}, {method}",
         "device": device,
         "gib": gib,
-        "goal_gib": cell.goal_gib,
-        "ratio": round(gib / cell.goal_gib, 4),
+        "goal_gib": goal_gib,
+        "ratio": round(gib / goal_gib, 4),
         "goal": 1.0,
     }
 
@@ -171,15 +190,16 @@ def main() -> None:
     parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    cells, methods = [CELLS[name] for name in options.cell or CELLS], options.method or [*METHODS]
+    cells, asked = [CELLS[name] for name in options.cell or CELLS], options.method or [*METHODS]
     if options.limit_gib is not None:
-        enough = attempt(cells[0], methods[0], options.limit_gib, torch.device("cuda"))
+        enough = attempt(cells[0], asked[0], options.limit_gib, torch.device("cuda"))
         sys.exit(0 if enough else OUT_OF_MEMORY)
     kind, table = "cuda" if torch.cuda.is_available() else "cpu", list[dict[str, Any]]()
     say_versions(kind)
     for cell in cells:
+        methods = [method for method in asked if method in cell.goals_gib]
         found = [replayed(cell, method) for method in methods]
-        if torch.cuda.is_available():
+        if found and torch.cuda.is_available():
             best = min(range(len(methods)), key=lambda place: float(found[place]["gib"]))
             found.append(measured(cell, methods[best], round(found[best]["gib"] / STEP_GIB)))
         table += found

@@ -1,11 +1,11 @@
 """Peak memory of a step against a step that trains nothing, peers and a floor: `python -m benchmarks.memory`.
 
-On the CPU every storage that an operation makes is counted while it lives, exactly and without noise; on a CUDA device
-the allocator's peak is read. Sizes and methods are those of `benchmarks.speed`. The peak is that of a later step and
-holds all: weights, values, indices, gradients, optimizer states, saved activations and what comes and goes; beside it
-stands the ratio without the weights, which every method has alike. The last row is over what a step must hold
-(`floor_bytes`), for the leanest sparse tuning of this project: 8-bit states, loss in chunks; on a CUDA device with all
-layers of Llama-7B.
+On the CPU every storage that an operation makes is counted while it lives, exactly; which products compaction makes
+follows what they cost there, with one thread. On a CUDA device the allocator's peak is read. Sizes and methods are
+those of `benchmarks.speed`. The peak is that of a later step and holds all: weights, values, indices, gradients,
+optimizer states, saved activations and what comes and goes; beside it stands the ratio without the weights, which every
+method has alike. The last row is over what a step must hold (`floor_bytes`), for the leanest sparse tuning of this
+project: 8-bit states, loss in chunks; on a CUDA device with all layers of Llama-7B.
 """
 
 import argparse
@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
     size = CPU_SIZE if options.device == "cpu" else CUDA_SIZE
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     say_versions(options.device)
     lab, peaks = Lab(size), dict[str, int]()
     for name, make in makers(lab).items():

@@ -1,6 +1,7 @@
 """What a gradient probe costs: step time with a probe at the default interval over step time without.
 
-`python -m benchmarks.probes [--device cuda] [--width 1024 --layers 8]`: random weights, both kinds interleaved.
+`python -m benchmarks.probes [--device cuda] [--width 1024 --layers 8]`: random weights, both kinds interleaved, on the
+CPU one thread.
 """
 
 import argparse
@@ -8,12 +9,13 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.kept import say_versions
+from benchmarks.kept import keep, say_versions
 from engine.sparse.attach import SparseTuning, attach
 from engine.sparse.optimizers import build_optimizer
 from engine.sparse.probe import GradientProbe
@@ -77,8 +79,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
-    say_versions(torch.device(options.device).type)
+    kind = torch.device(options.device).type
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    say_versions(kind)
     torch.manual_seed(0)
     bench = build(options.device, options.width, options.layers, options.tokens)
     for _ in range(3):
@@ -86,9 +92,10 @@ def main() -> None:
     pairs = [(bench.step_s(probed=False), bench.step_s(probed=True)) for _ in range(ROUNDS)]
     interval = RunSpec.model_fields["probe_interval"].default
     extra = statistics.median(probed / plain for plain, probed in pairs) - 1
-    ratio = 1 + extra / interval
+    ratio = round(1 + extra / interval, 4)
+    row = {"name": "step with probes / step", "device": options.device, "ratio": ratio, "goal": GOAL}
+    keep(options.readings, kind, [row], rounds=ROUNDS, interval=interval)
     if options.json:
-        row = {"name": "step with probes / step", "device": options.device, "ratio": ratio, "goal": GOAL}
         print(json.dumps([row]))
     else:
         print(f"one probed step / a step: {1 + extra:.3f}; every {interval} steps: {ratio:.4f} (goal {GOAL})")

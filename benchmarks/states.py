@@ -1,9 +1,10 @@
 """What each way to keep AdamW's states costs: time of an update over that of torch's fused AdamW, bytes an entry.
 
 `python -m benchmarks.states [--device cuda] [--tensors 24 --entries 200000] [--json]`: all ways take turns in one
-process, on random gradients; medians. `aged` is what methods with moving entries use. bitsandbytes' own AdamW8bit has
-no ages, and nothing to move them by. `written`: with the write-back into a bf16 weight of which 2 percent are trained,
-which compact states do in the same step; bytes an entry are then all that stay, the gradient included.
+process, on random gradients, on the CPU with one thread; medians. `aged` is what methods with moving entries use.
+bitsandbytes' own AdamW8bit has no ages, and nothing to move them by. `written`: with the write-back into a bf16 weight
+of which 2 percent are trained, which compact states do in the same step; bytes an entry are then all that stay, the
+gradient included.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.kept import say_versions
+from benchmarks.kept import keep, say_versions
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import SparseAdamW
 from engine.sparse.optimizers import build_optimizer
@@ -142,9 +144,14 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=24)
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--readings", type=Path)
     options = parser.parse_args()
-    say_versions(torch.device(options.device).type)
+    kind = torch.device(options.device).type
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    say_versions(kind)
     rows = measure(options.device, options.tensors, options.entries)
+    keep(options.readings, kind, rows, rounds=ROUNDS, tensors=options.tensors, entries=options.entries)
     if options.json:
         print(json.dumps(rows))
         return

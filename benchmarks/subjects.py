@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.fused_lora import add_fused_lora
 from benchmarks.random_models import random_model, weights_bytes
-from engine.chunked_loss import ChunkedCrossEntropy, OutputLayer, output_layer
+from engine.chunked_loss import OutputLayer, output_layer, summed_loss
 from engine.models import describe_model
 from engine.sparse.attach import SparseTuning, attach
 from engine.sparse.selection import select_topk_indices
@@ -197,11 +197,8 @@ def _words(dtype: torch.dtype) -> str:
 
 
 def chunked_loss(hidden: Tensor, ids: Tensor, layer: OutputLayer) -> Tensor:
-    """Return the mean loss of the next tokens, in chunks. hidden: (1, tokens, width), ids: (1, tokens)."""
-    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden[0, :-1], layer.weight, layer.bias, ids[0, 1:], layer
-    )
-    return loss / (ids.numel() - 1)
+    """Return the mean loss of the next tokens as runs have it. hidden: (1, tokens, width), ids: (1, tokens)."""
+    return summed_loss(layer, hidden[0, :-1], ids[0, 1:]) / (ids.numel() - 1)
 
 
 def draw_masks(tuning: SparseTuning, spread: float) -> None:
@@ -275,9 +272,9 @@ def has_peft(name: str) -> bool:
 
 def versions(device_type: str) -> dict[str, str]:
     """Return what the readings were taken with."""
-    device, optional = f"{platform.machine()}, 1 thread", ["peft"]
+    device, optional = f"{platform.machine()}, 1 thread", ["peft", "bitsandbytes"]
     if device_type == "cuda":
-        device, optional = torch.cuda.get_device_name(), ["peft", "bitsandbytes", "triton", "liger-kernel"]
+        device, optional = torch.cuda.get_device_name(), [*optional, "triton", "liger-kernel"]
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     for name in optional:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -328,8 +328,8 @@ class RunSpec(BaseModel):
             "Optimizer states",
             "Of adamw. 8bit: its moments as blockwise codes of bitsandbytes, a quarter of the memory; tensors with "
             "fewer than 4,096 trained entries stay in float32. compact: 8bit, and the entries themselves in little "
-            "memory, 12 bytes each with gradient and states; over bfloat16 the base holds half of each value. The "
-            "trained values are always float32.",
+            "memory, 12 bytes each with gradient and states, 14 where entries move; over bfloat16 the base holds half "
+            "of each value. The trained values are always float32.",
         ),
     ] = "float32"
     offload_states: Annotated[

@@ -22,27 +22,32 @@ def checkpoint_blocks(model: PreTrainedModel, spec: RunSpec) -> None:
     With `gradient_checkpointing`, all blocks, transformers does it in its own way.
 
     Raises:
-        ModelError: it has none for this family.
+        ModelError: it has none for this family, or the family has no blocks that could be.
     """
     if spec.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise ModelError(
-                f"gradient_checkpointing must be false for models of the family {model.config.model_type!r}, which "
-                "transformers cannot compute anew, got true. Set gradient_checkpointing=false."
-            )
+            raise _unknown("gradient_checkpointing must be false", model, "true. Set gradient_checkpointing=false")
         # Older releases of transformers have the second name alone; those with both warn of it.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
         if not spec.offload_activations:
             return
     kept = kept_by_model(spec, model)
+    found = False
     for name, module in model.named_modules():
         layer = layer_number(f"{name}.")
         inner = layer is None or layer >= len(kept) or kept[layer].inside  # of a tower beside the blocks as well
         if isinstance(module, GradientCheckpointingLayer) and not inner:
             way = _offloaded if spec.offload_activations else partial(checkpoint, use_reentrant=False)
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = found = True
             module._gradient_checkpointing_func = way  # type: ignore[assignment]
+    if spec.recompute == "blocks" and not found:
+        raise _unknown("recompute must be nothing", model, "'blocks'. Set recompute=nothing")
+
+
+def _unknown(rule: str, model: PreTrainedModel, got: str) -> ModelError:
+    family = model.config.model_type
+    return ModelError(f"{rule} for models of the family {family!r}, which transformers cannot compute anew, got {got}.")
 
 
 def _offloaded(block: Callable[..., Any], *inputs: Any) -> Any:

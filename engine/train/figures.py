@@ -20,7 +20,6 @@ from engine.sparse.attach import SparseTuning
 from engine.sparse.peers import ALONE, Peers
 from engine.sparse.probe import GradientProbe
 from engine.spec import RunSpec
-from engine.train.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,10 @@ class StepLog:
         self._begun_s = now
 
 
-def selected(step: int, tuning: Tuning, spec: RunSpec, replaced: int) -> Selected:
+def selected(step: int, tuning: SparseTuning, replaced: int) -> Selected:
     """Return the event of a choice of entries in `step`, of which `replaced` were not trained before."""
-    share = tuning.gradient_share if isinstance(tuning, SparseTuning) else None
-    return Selected(step, spec.method, tuning.num_active, tuning.num_active / tuning.target_numel, replaced, share)
+    density = tuning.num_active / tuning.target_numel
+    return Selected(step, tuning.spec.method, tuning.num_active, density, replaced, tuning.gradient_share)
 
 
 def probed(step: int, probe: GradientProbe) -> Probed:

@@ -22,6 +22,7 @@ from engine.sparse.attach import SparseTuning
 from engine.sparse.optim import clip_gradient
 from engine.sparse.peers import ALONE, Peers
 from engine.sparse.probe import GradientProbe
+from engine.sparse.recompute import kept_by_model
 from engine.spec import BASELINES, RunSpec
 from engine.spec_rules import selects_in
 from engine.train.checkpoint import Progress
@@ -96,6 +97,9 @@ class Trainer:
             self.spec, self.model, self.tokenizer, self.data, self.device, self.chunks, self.control.stop_requested
         )
         checkpoint_blocks(self.model, self.spec)
+        lean = any(each.lean for each in kept_by_model(self.spec, self.model))
+        if self.spec.recompute in ("elementwise", "mlp") and not lean:
+            self.emit(Warned("How blocks of this model could keep less is not known; they keep all that they make."))
 
     def run(self) -> bool:
         """Train from the step after `self.step` to the last one.
@@ -184,10 +188,11 @@ class Trainer:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.tuning.write_back()
-        if self.tuning.spiel is not None and (done := self.tuning.spiel.end_step(step, clip / scale)):
-            self.emit(selected(step, self.tuning, self.spec, done.replaced))
-        if looks and self.sparse is not None:
-            self.sparse.plan_gradients()
+        if self.sparse is not None:
+            if self.sparse.spiel is not None and (done := self.sparse.spiel.end_step(step, clip / scale)):
+                self.emit(selected(step, self.sparse, done.replaced))
+            if looks:
+                self.sparse.plan_gradients()
         return figures
 
     def _figures(self, step: int, rows: StepBatches, losses: list[Tensor], norm: Tensor) -> StepFigures:
@@ -267,9 +272,8 @@ class Trainer:
         if probe:
             self.emit(probed(step, probe))
         if self.sparse is not None and (step == 1 or selects_in(step, self.spec)):
-            self.emit(
-                selected(step, self.tuning, self.spec, self.sparse.num_active if step == 1 else self.sparse.replaced)
-            )
+            replaced = self.sparse.num_active if step == 1 else self.sparse.replaced
+            self.emit(selected(step, self.sparse, replaced))
 
     def _probe_due(self, step: int) -> bool:
         interval = 0 if self.spec.method in BASELINES else self.spec.probe_interval

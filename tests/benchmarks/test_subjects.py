@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import engine.chunked_loss
 from benchmarks.fused_lora import FusedLora
 from benchmarks.memory import FLOOR_GOAL, floor_bytes, floor_row, peak_bytes
 from benchmarks.subjects import LLAMA_7B, Lab, Size, makers
@@ -52,3 +53,11 @@ def test_the_leanest_tuning_is_measured_over_the_floor() -> None:
     assert row["name"] == "measured peak / computed floor"
     assert row["goal"] == FLOOR_GOAL
     assert row["ratio"] > 1
+
+
+def test_the_loss_in_chunks_is_the_one_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of `summed_loss`, which has Liger-Kernel's where it is; here the plain form serves."""
+    taken, plain = [], engine.chunked_loss.plain_loss
+    monkeypatch.setattr(engine.chunked_loss, "plain_loss", lambda *a: (taken.append(a), plain(*a))[1])
+    Lab(TINY).sparse("lean", chunked_loss=True).step()
+    assert len(taken) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.planner.storages import StorageMeter
 from engine.sparse.entries import ActiveEntries
 from engine.sparse.optim import EntrySeeds, SparseAdamW
 from engine.sparse.sm3 import SM3, grow_by_momenta
@@ -29,6 +30,15 @@ def test_growth_by_momenta_is_the_top_of_the_outer_product(seed: int) -> None:
     product[active] = -1.0
     expected = product.topk(100).indices
     assert set(grow_by_momenta(rows, columns, active.int(), 100).tolist()) == set(expected.tolist())
+
+
+def test_growth_never_holds_the_outer_product() -> None:
+    rows, columns = torch.randn(600).square(), torch.randn(900).square()
+    active = torch.randperm(540_000)[:5_400].sort().values.int()
+    with StorageMeter() as meter:
+        grow_by_momenta(rows, columns, active, 1_000)
+    largest = max(storage.num_bytes for storage in meter.ledger.storages)
+    assert 8 * 6_400 <= largest < 16 * 6_400  # int64 positions of all that may grow; a product is 2 MiB
 
 
 def test_growth_by_momenta_grows_less_where_few_products_are_positive() -> None:

@@ -14,7 +14,7 @@ from engine.data.batches import prepare_data
 from engine.data.steps import step_batches
 from engine.errors import DeltaError
 from engine.evaluate import batch_loss
-from engine.events import Evaluated, Event
+from engine.events import Evaluated, Event, Selected
 from engine.models import load_classifier, load_tokenizer
 from engine.spec import RunSpec, choices
 from engine.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -205,6 +205,17 @@ def test_a_16_bit_head_moves_by_its_fp32_masters(make: Make) -> None:
         assert master.dtype == torch.float32
         assert bool((master != before[name]).all()), name
         assert torch.equal(weights[name], master.bfloat16())
+
+
+@BERT
+@pytest.mark.parametrize(("method", "steps"), [("sift", [1]), ("spiel-ag", [1, 2]), ("spiel-ma", [1, 2])])
+def test_every_choice_says_what_is_computed_of_the_dense_gradient(make: Make, method: str, steps: list[int]) -> None:
+    trainer, events = make(method=method, gradient_way="sampled"), []
+    trainer.emit = events.append
+    trainer.run()
+    chosen = [event for event in events if isinstance(event, Selected)]
+    assert [event.step for event in chosen] == steps
+    assert all(event.gradient_share == pytest.approx(event.density) for event in chosen)
 
 
 @BERT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from engine.data.batches import PreparedData, prepare_data
 from engine.errors import TrainingError
@@ -270,6 +270,17 @@ def test_the_loss_in_chunks_trains_the_same(make: Make, method: str) -> None:
     assert not any(isinstance(event, Warned) for event in events)
     for name, tensor in _result(plain).items():
         torch.testing.assert_close(_result(chunked)[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("level", "warnings"), [("mlp", 1), ("elementwise", 1), ("blocks", 0), ("nothing", 0)])
+def test_a_family_whose_blocks_cannot_keep_less_is_warned_of(
+    make: Make, model_folder: Path, tmp_path: Path, level: str, warnings: int
+) -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=256, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for model, said in ((tmp_path, warnings), (model_folder, 0)):
+        _, events = make(model=str(model), recompute=level)
+        assert sum(isinstance(event, Warned) for event in events) == said
 
 
 def test_events_come_in_order_and_loss_falls(make: Make) -> None:
