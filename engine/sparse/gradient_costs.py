@@ -16,48 +16,64 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.planner.calibration import calibration_path
 from engine.sparse.compaction import GradientCosts
 from engine.sparse.kernels import sampled_products, samples_by_kernel
 
 # One core of a server CPU, fp32: the proportions are what matters.
 DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, narrow_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
+# An RTX 4090 in bf16 by its data sheet: 165 TFLOP/s and 1 TB/s; not measured.
+GPU_COSTS = GradientCosts(multiply_s=13e-15, narrow_s=16e-15, gather_s=5.5e-12, sampled_s=0.5e-12, call_s=6e-6)
 MEASURED_FROM = 2**18  # entries of the largest weight
 ROUNDS = 7
 
 
 def costs_for(device: torch.device, dtype: torch.dtype, largest: int) -> GradientCosts:
     """Return the costs on `device` in `dtype` for weights of up to `largest` entries: cached, measured or fixed."""
+    fixed = GPU_COSTS if device.type == "cuda" else DEFAULT_COSTS
     if largest < MEASURED_FROM or device.type not in ("cpu", "cuda"):
-        return DEFAULT_COSTS
-    path = cache_folder() / "gradient_costs.json"
+        return fixed
+    path = _path()
     key = machine_key(device, dtype)
     if (known := _read(path).get(key)) is not None:
         return known
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        measured = measure_costs(device, dtype)
-        rows = {name: asdict(costs) for name, costs in {**_read(path), key: measured}.items()}
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        partial.replace(path)
+        _write({**_read(path), key: measure_costs(device, dtype)})
     except OSError:  # not written, the next run would measure others
-        return DEFAULT_COSTS
-    return _read(path).get(key, DEFAULT_COSTS)  # what another process may have written meanwhile holds for both
+        return fixed
+    return _read(path).get(key, fixed)  # what another process may have written meanwhile holds for both
 
 
-def cache_folder() -> Path:
-    """Return where this user's measurements lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-tuning"
+def forget_costs(device: torch.device) -> None:
+    """Let the costs on `device` be measured anew, by the next run."""
+    begin = _device_words(device)
+    known = _read(_path())
+    if any(name.startswith(begin) for name in known):
+        _write({name: costs for name, costs in known.items() if not name.startswith(begin)})
+
+
+def _path() -> Path:
+    return calibration_path().with_name("gradient_costs.json")
+
+
+def _write(known: dict[str, GradientCosts]) -> None:
+    path, rows = _path(), {name: asdict(costs) for name, costs in known.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    partial.replace(path)
 
 
 def machine_key(device: torch.device, dtype: torch.dtype) -> str:
     """Return what the costs depend on, in words: device, dtype, torch, the number of threads or the kernel there is."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.node()} {platform.machine()} with {torch.get_num_threads()} threads"
     kernel = ", sampled by a kernel" if samples_by_kernel(device, dtype) else ""
-    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}{kernel}"
+    return f"{_device_words(device)}{str(dtype).removeprefix('torch.')}, torch {torch.__version__}{kernel}"
+
+
+def _device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, "
+    return f"{platform.node()} {platform.machine()} with {torch.get_num_threads()} threads, "
 
 
 def _read(path: Path) -> dict[str, GradientCosts]:

@@ -19,6 +19,7 @@ from engine.models import device_of, load_model, load_tokenizer, resolve_dtype
 from engine.planner.calibration import Rate, store_bytes, store_rate
 from engine.planner.plan import make_plan
 from engine.presets import load_preset
+from engine.sparse.gradient_costs import forget_costs
 from engine.train.control import NeverAsked
 from engine.train.loop import Trainer
 from engine.train.memory import MemoryMeter
@@ -42,6 +43,7 @@ def measure(name: str) -> None:
     tokenizer = load_tokenizer(spec)
     data = prepare_data(spec, tokenizer)
     data = replace(data, training=longest_rows(data.training, spec.micro_batch_size))
+    forget_costs(device)  # which the busy computer of a first run may have spoilt
     free_bytes = found.free_bytes
     if not found.is_cpu:
         torch.cuda.set_device(device)

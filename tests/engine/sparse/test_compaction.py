@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.sparse.compaction import ON_GPU, GradientCosts, group_rows
-from engine.sparse.gradient_costs import DEFAULT_COSTS, costs_for
+from engine.sparse.gradient_costs import DEFAULT_COSTS, costs_for, forget_costs
 from engine.sparse.gradient_ways import GradientPlan, Way, Workspace, plan_gradient, values_gradients
 from engine.sparse.selection import select_topk_indices
 
@@ -196,16 +196,20 @@ def test_workspace_is_one_buffer_until_it_is_released() -> None:
 
 
 def test_costs_are_measured_once_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
     assert costs_for(cpu, torch.float32, 1000) == DEFAULT_COSTS
     first = costs_for(cpu, torch.float32, 2**20)
     assert first != DEFAULT_COSTS
     assert all(0 < value < 1e-3 for value in vars(first).values())
     assert costs_for(cpu, torch.float32, 2**20) == first
+    monkeypatch.setattr("engine.sparse.gradient_costs.measure_costs", lambda *_: DEFAULT_COSTS)
+    assert costs_for(cpu, torch.float32, 2**20) == first
+    forget_costs(cpu)
+    assert costs_for(cpu, torch.float32, 2**20) == DEFAULT_COSTS
 
 
 def test_costs_are_fixed_where_they_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("SPARSE_TUNING_CACHE", str(tmp_path / "file"))
     assert costs_for(torch.device("cpu"), torch.float32, 2**20) == DEFAULT_COSTS
