@@ -89,6 +89,8 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     tokens, width = (2048, 1024) if device.type == "cpu" else (4096, 8192)
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, width, dtype=dtype, device=device, generator=generator)
+    # Freed at once: the C library keeps memory of this size from now on, as in a run, instead of mapping it each time.
+    torch.empty_like(x)
     gathered = torch.arange(0, width, 4, dtype=torch.int32, device=device)
     positions = gathered * width + gathered * 37 % width  # neighbours in the order of the weight, far apart in x
     small = x[:16, :16].clone()
