@@ -24,12 +24,13 @@ from engine.sparse.grouping import Block, Grouping, lay_out
 
 MOST_SLICES = 16  # candidate cuts; the cost of a plan is flat around its optimum
 LEAST_SIDE = 16  # a product with a shorter side takes no less time: kernels work in tiles
+PLACING_CALLS = 4  # operations that find sampled entries and put what they give in their places
 ON_GPU = 8  # sides are multiples of it there, as NVIDIA's guides ask for 16-bit products; not measured here
 
 
 @dataclass(frozen=True)
 class GradientCosts:
-    """Seconds that the parts of a gradient take on one device and dtype, each for one token, but for `call_s`."""
+    """Seconds that the parts of a gradient take on one device and dtype: for one token, or a call."""
 
     multiply_s: float
     """One multiplication and addition of a dense product."""
@@ -41,6 +42,8 @@ class GradientCosts:
     """One multiplication and addition of a sampled product, its two gathers included."""
     call_s: float
     """One product, however small."""
+    sampled_call_s: float
+    """Sampled products, however few."""
 
 
 def group_rows(
@@ -142,7 +145,7 @@ def _cheapest(
     ways = (
         product_s(heights, counts.widths),
         product_s(heights, torch.full_like(heights, in_features)),
-        costs.call_s + tokens * costs.sampled_s * counts.entries,
+        costs.sampled_call_s + PLACING_CALLS * costs.call_s + tokens * costs.sampled_s * counts.entries,
     )
     run_s, way = torch.stack(ways).min(0)
     run_s = torch.where(counts.entries > 0, run_s, 0.0)

@@ -14,18 +14,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.planner.calibration import calibration_path
 from engine.sparse.compaction import GradientCosts
 from engine.sparse.kernels import sampled_products, samples_by_kernel
 
 # One core of a server CPU, fp32: the proportions are what matters.
-DEFAULT_COSTS = GradientCosts(multiply_s=13e-12, narrow_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6)
+DEFAULT_COSTS = GradientCosts(
+    multiply_s=13e-12, narrow_s=13e-12, gather_s=0.8e-9, sampled_s=4e-9, call_s=20e-6, sampled_call_s=60e-6
+)
 # An RTX 4090 in bf16 by its data sheet: 165 TFLOP/s and 1 TB/s; not measured.
-GPU_COSTS = GradientCosts(multiply_s=13e-15, narrow_s=16e-15, gather_s=5.5e-12, sampled_s=0.5e-12, call_s=6e-6)
+GPU_COSTS = GradientCosts(
+    multiply_s=13e-15, narrow_s=16e-15, gather_s=5.5e-12, sampled_s=0.5e-12, call_s=4e-6, sampled_call_s=20e-6
+)
 MEASURED_FROM = 2**18  # entries of the largest weight
 ROUNDS = 7
+CALLS = 10
 
 
 def costs_for(device: torch.device, dtype: torch.dtype, largest: int) -> GradientCosts:
@@ -97,8 +101,9 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     part = x[: tokens // 4, : width // 2].clone()
     product = torch.empty(width // 2, width // 2, dtype=dtype, device=device)
 
-    def call() -> Tensor:
-        return torch.mm(small.T, small, out=product[:16, :16])
+    def call_s(call: Callable[[], object]) -> float:
+        """Of several, one after another, as in a step: a GPU is not waited for."""
+        return _seconds(lambda: [call() for _ in range(CALLS)], device) / CALLS
 
     narrow = part[:, : width // 32].contiguous()
     few = product.view(-1)[: narrow.shape[1] * part.shape[1]].view(narrow.shape[1], -1)
@@ -107,7 +112,8 @@ def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
         narrow_s=_seconds(lambda: torch.mm(narrow.T, part, out=few), device) / (part.shape[0] * few.numel()),
         gather_s=_seconds(lambda: x.index_select(1, gathered), device) / (tokens * gathered.numel()),
         sampled_s=_seconds(lambda: sampled_products(x, x, positions), device) / (tokens * positions.numel()),
-        call_s=_seconds(call, device),
+        call_s=call_s(lambda: torch.mm(small.T, small, out=product[:16, :16])),
+        sampled_call_s=call_s(lambda: sampled_products(small, small, positions[:16] % small.numel())),
     )
 
 

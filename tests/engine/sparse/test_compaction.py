@@ -1,5 +1,6 @@
 """Ways to the gradient of a few entries: all of them are the entries of the dense product."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from engine.sparse.selection import select_topk_indices
 
 WAYS: tuple[Way, ...] = ("dense", "compaction", "sampled")
 # Multiplications alone: as many groups as there are candidate cuts. Then dear gathers, as on a GPU; and cheap samples.
-MULTIPLIES_ONLY = GradientCosts(multiply_s=1.0, narrow_s=1.0, gather_s=0.0, sampled_s=1e9, call_s=0.0)
-DEAR_GATHERS = GradientCosts(multiply_s=1.0, narrow_s=1.0, gather_s=40.0, sampled_s=12.0, call_s=0.0)
-CHEAP_SAMPLES = GradientCosts(multiply_s=1.0, narrow_s=1.0, gather_s=0.0, sampled_s=1.5, call_s=0.0)
+MULTIPLIES_ONLY = GradientCosts(
+    multiply_s=1.0, narrow_s=1.0, gather_s=0.0, sampled_s=1e9, call_s=0.0, sampled_call_s=0.0
+)
+DEAR_GATHERS = replace(MULTIPLIES_ONLY, gather_s=40.0, sampled_s=12.0)
+CHEAP_SAMPLES = replace(MULTIPLIES_ONLY, sampled_s=1.5)
 COSTS = {
     "default": DEFAULT_COSTS,
     "many groups": MULTIPLIES_ONLY,
@@ -179,7 +182,7 @@ def test_no_other_split_is_cheaper() -> None:
 
 def test_auto_takes_what_is_cheapest() -> None:
     few, many = torch.tensor([5, 9000], dtype=torch.int32), torch.arange(10_000, dtype=torch.int32)
-    cheap_samples = GradientCosts(multiply_s=1e-12, narrow_s=1e-12, gather_s=1e-9, sampled_s=1e-12, call_s=0.0)
+    cheap_samples = replace(CHEAP_SAMPLES, gather_s=1e3)
     assert plan_gradient([few], (100, 100), 64, cheap_samples, "auto").way == "sampled"
     assert plan_gradient([many], (100, 100), 64, DEFAULT_COSTS, "auto").way == "dense"
     clustered = _clustered((400, 400), 1600, 2.0)

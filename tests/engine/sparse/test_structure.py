@@ -1,5 +1,7 @@
 """Whole columns, and rows times columns: as many entries as asked for, those of the largest norms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from engine.errors import InvalidSpecError
 from engine.sparse.attach import attach
-from engine.sparse.compaction import GradientCosts
+from engine.sparse.gradient_costs import DEFAULT_COSTS
 from engine.sparse.structure import select_random_structured_indices, select_structured_indices
 from engine.spec import RunSpec, Structure
 from engine.spec_io import parse_spec
@@ -64,7 +66,7 @@ def test_rows_x_columns_finds_a_planted_block() -> None:
 def test_methods_choose_structures_that_leave_little_of_the_dense_gradient(
     tiny_llama: LlamaForCausalLM, method: str, structure: Structure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiplies_only = GradientCosts(multiply_s=1.0, narrow_s=1.0, gather_s=0.0, sampled_s=1e9, call_s=0.0)
+    multiplies_only = replace(DEFAULT_COSTS, multiply_s=1.0, narrow_s=1.0, gather_s=0.0, sampled_s=1e9, call_s=0.0)
     monkeypatch.setattr("engine.sparse.gradients.costs_for", lambda *_: multiplies_only)
     spec = RunSpec(model="tiny", method=method, structure=structure, density=0.05, gradient_way="compaction")
     tuning = attach(tiny_llama, spec)
