@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     probe = add("calibrate", _calibrate, "Measure this computer by a few steps of the demo, so that plans are truer.")
     probe.add_argument("--device", default="auto", help="as in a spec (default: auto)")
+    probe.add_argument("--runs", default="runs", metavar="FOLDER", help="beside whose runs not (default: runs)")
     probe_worker = add("calibrate-worker", _calibrate_worker, "Used by the program itself: the probe.")
     probe_worker.add_argument("device")
     add("presets", _presets, "List the presets, which `train` and `plan` take by name.")
@@ -214,7 +215,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
-    workers.calibrate(options.device)
+    workers.calibrate(options.device, options.runs)
     known = read_calibration(device)
     rate = known.rates[-1]
     print(f"{device.label}: {format_bytes(known.context_bytes or 0)} before the first tensor")

@@ -16,8 +16,8 @@ from transformers import StoppingCriteria, TextStreamer
 from engine.classify import answer_words, classify_text
 from engine.data.labels import Labels, split_pair
 from engine.data.templates import encode_prompt
+from engine.data.token_ids import padding_id, require_rows, rows_of
 from engine.errors import EngineError
-from engine.evaluate import padding_id
 from engine.export import spec_as_run
 from engine.hardware import resolve_device
 from engine.models import device_of, load_tokenizer
@@ -108,6 +108,8 @@ class ChatModel:
                 f"This chat is {len(prompt):,} tokens long and the model reads {context:,}. "
                 "Clear it, or ask less at once."
             )
+        known = rows_of(self._model)
+        require_rows(max(prompt, default=-1), known, self._spec.model)
         ids = torch.tensor([prompt], device=self._model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -117,7 +119,7 @@ class ChatModel:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(max_new_tokens, context - len(prompt)),
-            pad_token_id=padding_id(self._tokenizer),
+            pad_token_id=padding_id(self._tokenizer, known),
             streamer=_Growing(self._tokenizer, told),
             stopping_criteria=[_Cancelled(cancelled)],
             **sampling,

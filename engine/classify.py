@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.data.batches import Batch
 from engine.data.classification import encode_texts
 from engine.data.labels import LabelledText, Labels
+from engine.data.token_ids import require_rows, rows_of
 from engine.errors import EngineError
 from engine.evaluate import classification_loss, classify
 from engine.events import Sample
@@ -94,11 +95,12 @@ def classify_text(
     """Return the logits, (labels,), of one text or a pair.
 
     Raises:
-        EngineError: there is no text.
+        EngineError: there is no text, or the model lacks a token of it.
     """
     if not texts[0] or texts[1] == "":
         raise EngineError("There is no text to classify. Write one, or two with ||| between them.")
     encoded = encode_texts([texts], tokenizer, sequence_length)[0]
+    require_rows(max(encoded.input_ids, default=-1), rows_of(model), str(model.name_or_path))
     ids = torch.tensor([encoded.input_ids])
     segments = torch.tensor([encoded.segments]) if encoded.segments else None
     batch = Batch(ids, torch.zeros(1), torch.ones_like(ids), 1, segments)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.chunked_loss import OutputLayer, chunked_causal_loss
 from engine.data.batches import Batch, Question
 from engine.data.moving import KnownMask, to_device
+from engine.data.token_ids import padding_id, rows_of
 from engine.events import Sample
 
 ANSWER_TOKENS = 96  # an answer that is longer than this is cut, and then counts as wrong
@@ -130,7 +131,7 @@ def answer_questions(
 
 def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
     longest = max(len(prompt) for prompt in prompts)
-    pad = padding_id(tokenizer)
+    pad = padding_id(tokenizer, rows_of(model))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - longest
@@ -138,14 +139,6 @@ def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     generate: Any = model.generate
     out = generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=pad, use_cache=True)
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token id to pad with: the tokenizer's own, else its end token, else 0. Padding is always masked."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
-            return candidate
-    return 0
 
 
 def exact_match(samples: Sequence[Sample]) -> float | None:

@@ -106,12 +106,15 @@ def _held_by_workers(handle: Any) -> int:
     return sum(int(process.usedGpuMemory or 0) for process in processes if _is_worker(process.pid))
 
 
+_WORKERS = [[f"{kind}worker"] for kind in ("", "chat-", "analysis-", "calibrate-")]  # all hold the lock of their device
+
+
 def _is_worker(pid: int) -> bool:
     try:
         words = [word for word in psutil.Process(pid).cmdline() if word != "-u"]  # torchrun's
     except psutil.Error:
         return False
-    return words[1:3] == ["-m", "engine"] and words[3:4] in (["worker"], ["chat-worker"])
+    return words[1:3] == ["-m", "engine"] and words[3:4] in _WORKERS
 
 
 @lru_cache(maxsize=1)

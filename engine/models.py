@@ -21,8 +21,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from engine.data.token_ids import padding_id, rows_of
 from engine.errors import DeviceError, ModelError
-from engine.evaluate import padding_id
 from engine.hardware import resolve_device
 from engine.hub import hub_online, require_hub
 from engine.planner.encoders import HEAD_MODULES
@@ -110,8 +110,9 @@ def load_classifier(
     absent = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
     if lost := sorted(name for name in absent if layer_number(name) is not None):
         raise ModelError(f"The weights of {spec.model!r} lack {lost[0]!r}. Download the model again.")
-    if getattr(model.config, "pad_token_id", None) is None:  # decoders look for the last token that is no padding
-        model.config.pad_token_id = padding_id(load_tokenizer(spec))
+    if getattr(model.config, "pad_token_id", None) is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # Decoders look for the last token that is no padding, so it is to be that of the batches.
+        model.config.pad_token_id = padding_id(load_tokenizer(spec), rows_of(model))
     head = tuple(name for name, _ in model.named_parameters() if name in absent or _is_beside_base(model, name))
     return _placed(model, spec, device), head
 
@@ -267,7 +268,7 @@ def _load(loader: Any, spec: RunSpec, **options: Any) -> Any:
             trust_remote_code=False,  # and nobody is asked
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         if not local and not online:
             require_hub(f"model {spec.model!r}")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

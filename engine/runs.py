@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -115,10 +116,12 @@ def create_run(spec: RunSpec, plan: dict[str, Any] | None = None) -> Run:
         run = Run(path)
         write_status(run, RunStatus("queued"))
     except OSError as error:
-        raise RunError(
-            f"The runs folder {str(root)!r} cannot be written: {error.strerror}. Set output=FOLDER."
-        ) from None
+        raise RunError(f"{_unwritable(root, error)} Set output=FOLDER.") from None
     return run
+
+
+def _unwritable(root: str | Path, error: OSError) -> str:
+    return f"The runs folder {str(root)!r} cannot be written: {error.strerror}."
 
 
 def _absolute(name: str) -> str:
@@ -245,7 +248,7 @@ def run_lock(run: Run) -> filelock.FileLock:
 
 
 def device_lock(root: Path, name: str) -> filelock.FileLock:
-    """Return the lock that a run of those in `root`, or a chat, holds while it uses the device of this name."""
+    """Return the lock that a run of those in `root`, a chat or a measurement holds while it uses the device."""
     return filelock.FileLock(root / f".{name.replace(':', '-')}.lock")
 
 
@@ -266,6 +269,28 @@ def require_idle(device: Device, root: str | Path) -> None:
     """
     if not device.is_cpu and any(has_worker(run) for run in list_runs(root)):
         raise RunError(f"A run is at work on {device.label}. Wait for it to end.")
+
+
+@contextmanager
+def device_held(device: Device, root: str | Path) -> Iterator[None]:
+    """Hold the lock of `device` meanwhile, so that runs in `root` wait, and chats with their results take the CPU.
+
+    Raises:
+        RunError: a run, a chat or a measurement has it, or the folder cannot be written.
+    """
+    require_idle(device, root)
+    lock = device_lock(Path(root), device.name)
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        taken = take_lock(lock)
+    except OSError as error:
+        raise RunError(_unwritable(root, error)) from None
+    if not taken:
+        raise RunError(f"A chat or a measurement is at work on {device.label}. Close it, or wait for it to end.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def has_worker(run: Run) -> bool:

@@ -19,6 +19,8 @@ _IA3_LAYERS = frozenset(
 _LAST_OF_MLP = frozenset(("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "lin2"))
 _ROUTERS = frozenset(("gate", "router"))
 _EXAMPLES = 4  # real names shown where nothing matched
+PERMUTED_NUMEL = 2**20  # a permutation of so many takes milliseconds
+MOST_DRAWN = 1 / 8  # of a larger share so many draws repeat that a permutation is as fast
 
 
 def match_targets(shapes: Mapping[str, Shape], targets: str | tuple[str, ...]) -> list[str]:
@@ -51,6 +53,11 @@ def num_active_of(numels: Mapping[str, int], density: float, num_trainable: int 
     if num_trainable is not None:
         density = min(1.0, num_trainable / sum(numels.values()))
     return {name: max(1, int(density * numel)) for name, numel in numels.items()}
+
+
+def is_drawn_singly(numel: int, count: int) -> bool:
+    """Return whether `count` random positions of `numel` are drawn one by one, not as the head of a permutation."""
+    return numel > PERMUTED_NUMEL and count <= MOST_DRAWN * numel
 
 
 def layer_number(name: str) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from engine.data.preview import preview_dataset
 from engine.errors import DatasetError, EngineError, RunError, WorkerError
 from engine.events import DataPrepared
+from engine.hardware import resolve_device
 from engine.planner.plan import require_fit
 from engine.planner.row_lengths import known_lengths, why_refused
 from engine.planner.shape import require_weights
@@ -33,8 +34,10 @@ from engine.runs import (
     RunStatus,
     create_run,
     delete_run,
+    device_held,
     has_worker,
     last_words,
+    list_runs,
     mark_start,
     read_events,
     read_report,
@@ -48,6 +51,7 @@ from engine.spec import RunSpec
 from engine.tracer import plan_by_trace
 
 Side = Literal["base", "tuned"]
+NOT_BESIDE_A_RUN = "A run is at work, so the figures would not be this computer's. Measure when it has ended."
 START_TIMEOUT_S = 300.0  # a first import of torch from a slow disk takes a minute; a worker that dies is seen at once
 
 
@@ -119,18 +123,25 @@ def start_run(spec: RunSpec) -> Run:
     return run
 
 
-def calibrate(device: str = "auto") -> None:
+def calibrate(device: str = "auto", root: str | Path = "runs") -> None:
     """Measure a device by a few steps of the demo in a process of their own, for later plans; about a minute.
+
+    Beside a run, be it on another device, steps would take longer; one that begins meanwhile on this device waits.
 
     Args:
         device: as in a spec.
+        root: where the runs lie.
 
     Raises:
+        DeviceError: it is not here.
+        RunError: a run is at work, or a chat on this device.
         WorkerError: the process failed.
     """
-    done = subprocess.run(
-        command_of("calibrate-worker", device), env=worker_environment(), capture_output=True, text=True, check=False
-    )
+    if any(has_worker(run) for run in list_runs(root)):
+        raise RunError(NOT_BESIDE_A_RUN)
+    command = command_of("calibrate-worker", device)
+    with device_held(resolve_device(device), root):
+        done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise WorkerError(f"The probe of device {device!r} failed: {last}")

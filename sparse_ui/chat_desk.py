@@ -1,6 +1,6 @@
 """Keeps at most one chat process.
 
-It starts with the first message, and ends on a change of run, when idle, where a run begins on a GPU, and with the app.
+It starts with the first message, and ends on a change of run, when idle, where a GPU is wanted, and with the app.
 """
 
 import threading
@@ -68,7 +68,7 @@ class ChatDesk:
                 self._close()
 
     def make_room(self, device: str) -> None:
-        """End the chat process where a run on a GPU, which `device` of its spec means, is to begin: it would wait."""
+        """End the chat process where `device` of a spec is a GPU, and a run or a measurement is to begin there."""
         if not resolve_device(device).is_cpu:
             self.close()
 

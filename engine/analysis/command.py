@@ -13,7 +13,7 @@ from typing import Any
 from engine import runs, workers
 from engine.analysis.ages import ages_findings, read_births
 from engine.analysis.findings import gradient_findings, landscape_findings
-from engine.analysis.options import Options, add_kind, add_spec_kind, at_least, finish, folder_of, spec_of
+from engine.analysis.options import Options, add_kind, add_spec_kind, at_least, finish, folder_of, gpu_held, spec_of
 from engine.analysis.results import Findings, LandscapeResult, read_gradients
 from engine.analysis.sweep_command import add_sweeps
 from engine.errors import BudgetError, EngineError, WorkerError
@@ -110,10 +110,11 @@ def _measured(
     runs.write_json(folder / "request.json", {"kind": options.kind, **asked})
     result: dict[str, Any] = {}
     try:
-        for body in workers.measure(folder):
-            if "what" in body:
-                print(f"\r{body['what']}: {body['done']}/{body['total']}  ", end="", file=sys.stderr, flush=True)
-            result = body.get("result", result)
+        with gpu_held(spec):
+            for body in workers.measure(folder):
+                if "what" in body:
+                    print(f"\r{body['what']}: {body['done']}/{body['total']}  ", end="", file=sys.stderr, flush=True)
+                result = body.get("result", result)
     except (EngineError, KeyboardInterrupt) as error:
         if not isinstance(error, WorkerError):  # its log says why it died
             shutil.rmtree(folder)

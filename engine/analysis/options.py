@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ def spec_of(options: Options) -> RunSpec:
     require_weights(spec.model, spec.model_revision)
     runs.require_idle(resolve_device(spec.device), spec.output)
     return spec
+
+
+def gpu_held(spec: RunSpec) -> AbstractContextManager[None]:
+    """Return a context that holds the GPU of `spec`, where it has one, against runs and chats.
+
+    Raises:
+        RunError: one of them has it.
+    """
+    device = resolve_device(spec.device)
+    return nullcontext() if device.is_cpu else runs.device_held(device, spec.output)
 
 
 def folder_of(options: Options, name: str) -> Path:

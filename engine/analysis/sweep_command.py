@@ -5,7 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.analysis.options import Options, add_spec_kind, at_least, finish, folder_of, listed, rate_of, spec_of
+from engine.analysis.options import (
+    Options,
+    add_spec_kind,
+    at_least,
+    finish,
+    folder_of,
+    gpu_held,
+    listed,
+    rate_of,
+    spec_of,
+)
 from engine.analysis.sweep_findings import density_findings, module_findings, schedule_findings
 from engine.analysis.sweeps import (
     MODULES,
@@ -69,7 +79,8 @@ def _sweep(options: Options) -> int:
         require_fit(make_plan(each[0]))
     folder = folder_of(options, Path(spec.model).name)
     try:
-        rows = run_trials(trials, specs, folder / "rows.jsonl", _tell)
+        with gpu_held(spec):  # of the folder of runs; those of the sweep lie in folders of their own
+            rows = run_trials(trials, specs, folder / "rows.jsonl", _tell)
     except (EngineError, KeyboardInterrupt):  # before the first run was over
         folder.rmdir()
         raise

@@ -18,9 +18,11 @@ from engine.data.formats import Conversation, RowFormat
 from engine.data.labels import LabelledText, Labels
 from engine.data.sources import Source, iterate_rows, load_source, read_source_row, recognise_source, split_rows
 from engine.data.templates import CUT, encode_prompt, encode_rows, resolve_template
+from engine.data.token_ids import padding_id, require_rows
 from engine.errors import DatasetError
 from engine.events import DataPrepared
 from engine.planner.row_lengths import RowLengths
+from engine.planner.shape import read_shape
 from engine.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -116,7 +118,9 @@ def prepare_data(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", progress: 
         progress: told the rows done and the rows in all, every `ENCODE_ROWS` rows.
 
     Raises:
-        DatasetError: the dataset cannot be read, or yields no row to train on.
+        DatasetError: the dataset cannot be read, or yields no row to train on, or its rows hold token ids that the
+            model's table of embeddings lacks.
+        ModelError: the model of `spec` cannot be read.
         HubUnreachableError: it is on the Hub, which does not answer.
     """
     source = load_source(spec)
@@ -175,8 +179,14 @@ def tokenise_rows(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> TokenisedRows:
-    """Tokenise rows, up to `limit` examples."""
-    pad_id = _pad_id(tokenizer)
+    """Tokenise rows, up to `limit` examples.
+
+    Raises:
+        DatasetError: they hold token ids that the model's table of embeddings lacks.
+        ModelError: the model of `spec` cannot be read.
+    """
+    known = read_shape(spec.model, spec.model_revision, spec.task).embedding_rows
+    pad_id = padding_id(tokenizer, known)
     result = TokenisedRows(Examples(pad_id=pad_id) if row_format.labels is None else LabelledExamples(pad_id=pad_id))
     items = _read_rows(rows, row_format, source, result)
     done = 0
@@ -188,6 +198,7 @@ def tokenise_rows(
             progress(done, len(rows))
         if limit is not None and len(result.examples) >= limit:
             break
+    require_rows(result.examples.largest_id, known, spec.model)
     return result
 
 
@@ -235,13 +246,10 @@ def _read_rows(
             yield None
 
 
-def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)
-
-
 def _question(chat: Conversation, tokenizer: "PreTrainedTokenizerBase", spec: RunSpec) -> Question:
     prompt_ids = encode_prompt(chat.messages[:-1], tokenizer, spec.template)
+    known = read_shape(spec.model, spec.model_revision, spec.task).embedding_rows
+    require_rows(max(prompt_ids, default=-1), known, spec.model)
     return Question(prompt_ids, chat.question, chat.answer.strip())
 
 

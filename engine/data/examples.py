@@ -57,6 +57,11 @@ class Examples(Sequence[Example]):
         return len(self._ids)
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples; -1 where there are none."""
+        return int(np.asarray(self._ids, dtype=np.int32).max(initial=-1))
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, (examples,)."""
         return lengths_of(self._ends)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 
+from engine.targets import is_drawn_singly
 from engine.units import MIB
 
 FP32_BYTES = 4
@@ -257,7 +258,14 @@ def topk_bytes(numel: int, num_active: int, element_bytes: int) -> int:
 
 
 def draw_bytes(numel: int, num_active: int) -> int:
-    """Return what drawing positions at random takes, in main memory: a permutation in int64 and its sorted part."""
+    """Return what drawing positions at random takes, in main memory.
+
+    Drawn one by one: themselves, the same sorted, and int64 places of the sort. Else a permutation in int64 and its
+    sorted part.
+    """
+    if is_drawn_singly(numel, num_active):
+        index = INT64_BYTES if numel >= INT32_LIMIT else FP32_BYTES
+        return (2 * index + INT64_BYTES) * num_active
     return INT64_BYTES * (numel + 2 * num_active)
 
 

@@ -93,7 +93,8 @@ def _path(spec: RunSpec) -> Path:
     model, dataset = resolve_model(spec.model, spec.model_revision), find_dataset(spec.dataset or "")
     found = {name: path.absolute() for name, path in (("model", model), ("dataset", dataset)) if isinstance(path, Path)}
     decides |= {name: str(path) for name, path in found.items()}  # a worker is given them absolute
-    tokenizer = [*model.glob("token*"), *model.glob("chat_template*")] if isinstance(model, Path) else []
+    patterns = ("token*", "chat_template*", "config.json")  # which says how many tokens the model knows
+    tokenizer = [file for pattern in patterns for file in model.glob(pattern)] if isinstance(model, Path) else []
     files = [sorted(tokenizer), _files(dataset)]
     return kept_path("rows", decides | {"files": [[_stamp(file) for file in group] for group in files]})
 

@@ -5,6 +5,7 @@ computed for real beside their empty twins, so that questions about padding and 
 trained numbers gets the answer that takes the most memory: every entry of a mask is chosen, every score is finite.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,7 @@ class Scenario:
         return {
             _aten._local_scalar_dense.default: lambda _, args, __: self._answer(args[0]),
             _aten.repeat_interleave.Tensor: self._repeat,
+            _aten.unique_consecutive.default: self._tell_apart,
             _aten._grouped_mm.default: self._multiply,
             _aten._to_copy.default: self._copy,
         }.get(func)
@@ -82,6 +84,13 @@ class Scenario:
     def _repeat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         size = kwargs.get("output_size") or self._counts.get(args[0].numel(), self._count)
         return func(*args, **{**kwargs, "output_size": size})
+
+    def _tell_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the different ones of a tensor's numbers: all of them, where these are not there."""
+        if not _is_hollow(args[0]):
+            return func(*args, **kwargs)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")  # of what was not asked for
+        return _hollow(args[0].shape, args[0].dtype), empty, empty
 
     def _multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args[0].dtype != torch.bfloat16:
@@ -124,6 +133,8 @@ class Scenario:
     def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten.randperm.generator and args[0] > KNOWN_NUMEL:
             return _hollow((args[0],), torch.int64)
+        if func is _aten.randint.generator and math.prod(args[1]) > KNOWN_NUMEL:
+            return _hollow(args[1], torch.int64)
         out = func(*args, **kwargs)
         if out.is_meta and not out.is_floating_point() and out.numel() <= KNOWN_NUMEL:
             out.known = func(*args, **{**kwargs, "device": "cpu"})
@@ -132,7 +143,8 @@ class Scenario:
 
 _FACTORIES = frozenset(
     (
-        *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.randperm.generator),
+        *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step),
+        *(_aten.randperm.generator, _aten.randint.generator),
         *(_aten.zeros.default, _aten.ones.default, _aten.full.default),
     )
 )

@@ -82,6 +82,13 @@ class ModelShape:
         """The name of the token embedding."""
         return next((name for name in self.tensors if name.endswith(EMBEDDINGS)), None)
 
+    @property
+    def embedding_rows(self) -> int | None:
+        """The rows of the table that token ids are looked up in; None where it is not known."""
+        if self.embedding is not None:
+            return self.tensors[self.embedding][0]
+        return None if self.classifier else self.vocabulary
+
     @cached_property
     def longest_row(self) -> int | None:
         """Tokens that have a place in a table of positions; None where there is no table."""

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.targets import is_drawn_singly
+
 EXACT_NUMEL = 2**16  # above this, a sample of as many gives a threshold
 MOST_SAMPLED = 0.2  # of a larger share, a threshold leaves too many entries to be faster
+_DRAWN_BELOW = 2**62  # 64 random bits a draw, by every version of PyTorch
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -70,6 +73,11 @@ def largest_places(scores: Tensor, count: int) -> Tensor:
 def select_random_indices(numel: int, count: int, generator: torch.Generator) -> Tensor:
     """Return `count` flat positions drawn without replacement: the papers' control.
 
+    Of a large weight a permutation would take a second or more. There positions are drawn one by one, and again for
+    those that were drawn before, until there are enough: the first `count` different ones of a sequence of draws, so
+    that every set of them is as likely as any other. A remainder of 62 bits favours no position by more than
+    numel / 2**62.
+
     Args:
         numel: entries of the weight.
         count: positions to return, 1 <= count <= numel.
@@ -83,8 +91,21 @@ def select_random_indices(numel: int, count: int, generator: torch.Generator) ->
     """
     if not 1 <= count <= numel:
         raise ValueError(f"count must be in [1, {numel}], got {count}")
+    if is_drawn_singly(numel, count):
+        return _draw_singly(numel, count, generator)
     drawn = torch.randperm(numel, generator=generator)[:count]
     return drawn.sort().values.to(index_dtype(numel))
+
+
+def _draw_singly(numel: int, count: int, generator: torch.Generator) -> Tensor:
+    dtype = index_dtype(numel)
+    found = torch.empty(0, dtype=dtype)
+    while missing := count - found.numel():
+        drawn = torch.randint(_DRAWN_BELOW, (missing,), generator=generator).remainder_(numel).to(dtype)
+        found = torch.cat((drawn, found))
+        del drawn  # what is sorted is then the most that a round takes, the same in each
+        found = found.sort().values.unique_consecutive()
+    return found
 
 
 @dataclass

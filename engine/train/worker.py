@@ -136,7 +136,7 @@ def _sentence(error: Exception) -> str:
 
 @contextmanager
 def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
-    """Wait as `queued` until no other run, or chat, of the folder uses the devices; False if a stop came first."""
+    """Wait as `queued` until nothing else of the folder uses the devices; False if a stop came first."""
     device = resolve_device(own_spec(spec, 0).device)
     count = 1 if device.is_cpu else spec.num_processes
     names = [device.name] if count == 1 else [f"cuda:{rank}" for rank in range(count)]
@@ -146,7 +146,9 @@ def _device_turn(run: Run, spec: RunSpec, journal: Journal) -> Iterator[bool]:
             turn = device_lock(run.path.parent, name)
             while not take_lock(turn):
                 if not waiting:
-                    journal.state("queued", f"Waiting for another run, or a chat, on {device.label} to end.")
+                    journal.state(
+                        "queued", f"Waiting for another run, a chat or a measurement on {device.label} to end."
+                    )
                     waiting = True
                 if journal.stop_requested():
                     yield False

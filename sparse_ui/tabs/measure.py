@@ -1,10 +1,13 @@
 """Measure this computer: the probe that makes its plans truer, from a button beside the memory fields of Setup."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
+from engine import workers
+from engine.errors import DeviceError
 from sparse_ui import cards
 from sparse_ui.context import AppContext
 from sparse_ui.messages import explain, guarded
@@ -12,7 +15,7 @@ from sparse_ui.messages import explain, guarded
 TICK_S = 1.0
 PLACE = "setup"  # where the answer stands
 WORDS = "A few steps of the demo, about a minute: plans for this computer become truer and say how long a run takes."
-WAITS = "A run is at work, so the figures would not be this computer's. Measure when it has ended."
+WAITS = workers.NOT_BESIDE_A_RUN
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ def start_measure(context: AppContext, device: str) -> str:
     doing = "Measuring this computer"
     if context.live_run() is not None:
         return cards.callout([WAITS], "note")
+    named = device.strip() or "auto"
     try:
-        context.errands.start(PLACE, doing, "calibrate", "--device", device.strip() or "auto")
+        if not context.errands.busy():
+            with suppress(DeviceError):  # which the command says
+                context.chat.make_room(named)
+        runs = str(context.settings.runs_root)
+        context.errands.start(PLACE, doing, "calibrate", "--device", named, "--runs", runs)
     except Exception as error:
         return cards.callout(explain(error, doing).sentences)
     return context.errands.show(PLACE)

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,9 @@ import pytest
 from engine import runs
 from engine.errors import RunError
 from engine.events import EventWriter, Stepped, Warned
+from engine.hardware import Device
 from engine.spec import RunSpec
+from engine.units import GIB
 
 
 def _run(tmp_path: Path, **fields: object) -> runs.Run:
@@ -122,3 +125,19 @@ def test_many_may_look_for_a_worker_at_once(tmp_path: Path) -> None:
         pass
     with ThreadPoolExecutor(4) as pool:
         assert not any(pool.map(lambda _: runs.has_worker(run), range(400)))
+
+
+def test_a_device_is_held_by_one_and_free_again_after_an_error(tmp_path: Path) -> None:
+    card, root = Device("cuda:0", "a card", 24 * GIB, 24 * GIB), tmp_path / "runs"
+    with suppress(KeyboardInterrupt), runs.device_held(card, root):
+        with pytest.raises(RunError, match=r"A chat or a measurement is at work on a card\. Close it"):
+            runs.device_held(card, root).__enter__()
+        raise KeyboardInterrupt
+    with runs.device_held(card, root):
+        assert not runs.take_lock(runs.device_lock(root, card.name))
+
+
+def test_a_device_is_not_taken_from_a_run(tmp_path: Path) -> None:
+    card, run = Device("cuda:0", "a card", 24 * GIB, 24 * GIB), _run(tmp_path)
+    with runs.run_lock(run), pytest.raises(RunError, match=r"A run is at work on a card\. Wait for it to end\."):
+        runs.device_held(card, run.path.parent).__enter__()

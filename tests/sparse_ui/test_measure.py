@@ -7,10 +7,11 @@ import gradio as gr
 import pytest
 
 from engine import runs
-from engine.hardware import resolve_device
+from engine.hardware import Gpu, resolve_device
 from engine.planner.calibration import read_calibration
 from engine.runs import RunStatus
 from engine.spec import RunSpec
+from engine.units import GIB
 from sparse_ui.context import AppContext, Settings
 from sparse_ui.form import fill_form
 from sparse_ui.plan_view import view_plan
@@ -52,3 +53,19 @@ def test_nothing_is_measured_beside_a_run(tmp_path: Path) -> None:
     assert WAITS.split(",")[0] in start_measure(context, "auto")
     assert view_measure(context, None)[0] == gr.update(interactive=False)
     assert not context.errands.busy()
+
+
+def test_the_chat_of_the_app_makes_room_for_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.hardware.list_gpus", lambda: [Gpu(0, "RTX 4090", 24 * GIB, 23 * GIB, None, 89)])
+    run = runs.create_run(SPEC.model_copy(update={"output": str(tmp_path)}))
+    runs.write_status(run, RunStatus("finished"))
+    run.delta_path.mkdir()
+    (run.delta_path / "delta.json").write_text("{}", encoding="utf-8")
+    context = AppContext(Settings(tmp_path))
+    with pytest.raises(Exception, match="delta"):
+        [*context.chat.stream(run, {"tuned": [{"role": "user", "content": "hello"}]}, 4, 0.0)]
+    assert context.chat._holds(run)
+    with runs.device_lock(tmp_path, "cpu"):  # what `auto` is to the command, which no card answers
+        assert "Measuring this computer" in start_measure(context, "auto")
+        assert not context.chat._holds(run)
+        assert "A chat or a measurement is at work on CPU." in str(_ended(context)[2])

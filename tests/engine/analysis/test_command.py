@@ -11,6 +11,9 @@ import pytest
 
 from engine import workers
 from engine.__main__ import main
+from engine.hardware import Gpu
+from engine.runs import device_lock
+from engine.units import GIB
 
 _PROGRAM = "import json; print(json.dumps({'error': 'The weights are odd.'}))"
 
@@ -110,3 +113,16 @@ def test_death_of_the_worker_is_said_with_its_log(
     assert main(["analyse", "gradients", *small, "--out", "here"]) == 2
     assert "The analysis process ended before its result; " in capsys.readouterr().err
     assert Path("here", "output.log").exists()
+
+
+@pytest.mark.parametrize("kind", ["gradients", "landscape", "density"])
+def test_a_gpu_that_a_chat_has_is_not_looked_into(
+    kind: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("engine.hardware", "engine.planner.plan"):
+        monkeypatch.setattr(f"{module}.list_gpus", lambda: [Gpu(0, "RTX 4090", 24 * GIB, 23 * GIB, None, 89)])
+    command = ["analyse", kind, *small, "--set", f"output={tmp_path}/runs", "--out", str(tmp_path / "a")]
+    with device_lock(tmp_path / "runs", "cuda:0"):
+        assert main(command) == 2
+    assert "A chat or a measurement is at work on RTX 4090. Close it" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

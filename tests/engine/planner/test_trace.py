@@ -11,12 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from engine.errors import ModelError
 from engine.hardware import Device
 from engine.models import load_classifier, load_model
+from engine.planner import formulas
 from engine.planner.estimate import estimate
 from engine.planner.ledger import Figures, add_up
+from engine.planner.scenario import Scenario
 from engine.planner.shape import read_shape
 from engine.planner.short_run import rows, traced_spec
 from engine.planner.storages import StorageMeter
 from engine.planner.trace import count_real, record, trace
+from engine.sparse.selection import select_random_indices
 from engine.spec import RunSpec
 from engine.units import GIB
 
@@ -146,6 +149,21 @@ def test_the_order_of_the_rows_decides_nothing(folder: Any) -> None:
     fields = {"micro_batch_size": 2, "gradient_accumulation": 2, "density": 0.3, "method": "random"}
     model = folder("llama")
     assert len({trace(_spec(model, seed=seed, **fields), CPU).peak.total for seed in range(4)}) == 1
+
+
+@pytest.mark.parametrize("count", [40_000, 250_000])
+def test_a_draw_takes_what_is_planned_and_its_trace_as_much(count: int) -> None:
+    numel = 2**21
+    peaks = []
+    for scenario in (None, Scenario({1: count}, on_cpu=True)):
+        meter = StorageMeter(scenario)
+        with meter:
+            drawn = select_random_indices(numel, count, torch.Generator().manual_seed(0))
+        assert drawn.numel() == count
+        del drawn
+        meter.ledger.settle()
+        peaks.append(add_up(meter.ledger, 0, host_apart=False).peak.total)
+    assert peaks == [formulas.draw_bytes(numel, count)] * 2
 
 
 def test_main_memory_is_apart_beside_a_gpu(folder: Any) -> None:

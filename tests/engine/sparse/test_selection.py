@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -86,6 +87,18 @@ class _TopK(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Makes(TorchDispatchMode):
+    """Keeps the entries of the largest tensor that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple) else (out,):
+            self.largest = max(self.largest, each.numel())
+        return out
+
+
 def test_one_budget_is_cut_without_sorting_it_which_takes_a_gpu_several_times_its_memory() -> None:
     choice = GlobalChoice(600)
     with _TopK() as seen:
@@ -111,6 +124,37 @@ def test_random_indices_depend_on_the_generator_alone() -> None:
     assert torch.equal(first, again)
     assert torch.equal(first, first.unique())
     assert not torch.equal(first, other)
+
+
+def test_draws_of_a_large_weight_are_sorted_different_and_the_same_on_every_machine() -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = select_random_indices(2**21, 50_000, generator)
+    again = select_random_indices(2**21, 50_000, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, again)
+    assert drawn.dtype == torch.int32
+    assert len(drawn) == len(drawn.unique()) == 50_000
+    assert torch.equal(drawn, drawn.sort().values)
+    assert drawn[:4].tolist() == [40, 43, 127, 162]
+    assert not torch.equal(drawn, select_random_indices(2**21, 50_000, generator))
+    assert select_random_indices(2**40, 9, generator).dtype == torch.int64
+
+
+def test_of_a_large_weight_every_set_is_drawn_as_often_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.targets.PERMUTED_NUMEL", 0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(tuple(select_random_indices(16, 2, generator).tolist()) for _ in range(6000))
+    expected = 6000 / 120  # pairs of 16
+    chi_squared = sum((each - expected) ** 2 / expected for each in drawn.values())
+    assert len(drawn) == 120
+    assert chi_squared < 119 + 4 * (2 * 119) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.125])
+def test_a_draw_makes_nothing_as_large_as_the_weight(share: float) -> None:
+    numel = 2**21
+    with _Makes() as made:
+        select_random_indices(numel, int(share * numel), torch.Generator().manual_seed(0))
+    assert made.largest == int(share * numel)
 
 
 def test_top_shares_are_exact_for_small_tensors() -> None:
