@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,7 +111,8 @@ def load_classifier(
     absent = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
     if lost := sorted(name for name in absent if layer_number(name) is not None):
         raise ModelError(f"The weights of {spec.model!r} lack {lost[0]!r}. Download the model again.")
-    if getattr(model.config, "pad_token_id", None) is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    if decoder or getattr(model.config, "pad_token_id", None) is None:
         # Decoders look for the last token that is no padding, so it is to be that of the batches.
         model.config.pad_token_id = padding_id(load_tokenizer(spec), rows_of(model))
     head = tuple(name for name, _ in model.named_parameters() if name in absent or _is_beside_base(model, name))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from engine.planner.calibration import calibration_path
+from engine.planner.formulas import SAMPLED_NUMEL
 from engine.sparse.compaction import GradientCosts
 from engine.sparse.kernels import sampled_products, samples_by_kernel
 
@@ -91,10 +92,10 @@ def _read(path: Path) -> dict[str, GradientCosts]:
 def measure_costs(device: torch.device, dtype: torch.dtype) -> GradientCosts:
     """Time the parts on numbers that no cache holds: a fraction of a second on a CPU core, less on a GPU."""
     tokens, width = (2048, 1024) if device.type == "cpu" else (4096, 8192)
+    # Freed at once: the C library keeps memory of this size from now on, as in a run, instead of mapping it each time.
+    torch.empty(SAMPLED_NUMEL, device=device)
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, width, dtype=dtype, device=device, generator=generator)
-    # Freed at once: the C library keeps memory of this size from now on, as in a run, instead of mapping it each time.
-    torch.empty_like(x)
     gathered = torch.arange(0, width, 4, dtype=torch.int32, device=device)
     positions = gathered * width + gathered * 37 % width  # neighbours in the order of the weight, far apart in x
     small = x[:16, :16].clone()

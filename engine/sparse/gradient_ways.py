@@ -51,6 +51,7 @@ class GradientPlan:
     shape: tuple[int, int]
     count: int
     grouping: Grouping | None = None
+    at_once: int = SAMPLED_NUMEL  # numbers that sampled products gather at a time
 
     @property
     def multiplied(self) -> int:
@@ -81,9 +82,10 @@ def plan_gradient(
     dense_s = costs.call_s + tokens * costs.multiply_s * shape[0] * shape[1]
     if way == "auto" and grouped_s >= WORTHWHILE * dense_s:
         return GradientPlan("dense", shape, count)
+    at_once = min(SAMPLED_NUMEL, (shape[0] * shape[1] - grouping.numel) // HELD)  # in the memory of the dense gradient
     if not grouping.products:
-        return GradientPlan("sampled", shape, count)
-    return GradientPlan("compaction", shape, count, grouping)
+        return GradientPlan("sampled", shape, count, at_once=at_once)
+    return GradientPlan("compaction", shape, count, grouping, at_once)
 
 
 def values_gradients(
@@ -100,11 +102,14 @@ def values_gradients(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if plan.way == "sampled":
-        return [sampled_products(grad_y, x, each) for each in indices]
+        return [sampled_products(grad_y, x, each, plan.at_once) for each in indices]
     if plan.grouping is None:
         dense = dense_gradient(grad_y, x, workspace).view(-1)
         return [dense.index_select(0, each).to(dtype) for each in indices]
-    return _grouped(grad_y, x, indices, plan.grouping, dtype, workspace)
+    found = _grouped(grad_y, x, indices, plan.grouping, dtype, workspace)
+    for part, (total, each) in enumerate(zip(found, indices, strict=True)):
+        plan.grouping.put_sampled(total, part, each, grad_y, x, plan.at_once)
+    return found
 
 
 def dense_gradient(grad_y: Tensor, x: Tensor, workspace: Workspace) -> Tensor:
@@ -126,7 +131,4 @@ def _grouped(
         parts = [grouping.take(products, each, dtype) for each in indices]
         found = [total.add_(part) for total, part in zip(found, parts, strict=True)] if found else parts
     assert found, "a backward without tokens"
-    at_once = min(SAMPLED_NUMEL, (grad_y.shape[1] * x.shape[1] - grouping.numel) // HELD)
-    for part, (total, each) in enumerate(zip(found, indices, strict=True)):
-        grouping.put_sampled(total, part, each, grad_y, x, at_once)
     return found

@@ -19,6 +19,7 @@ from engine.planner.estimate import estimate
 from engine.planner.output_layer import chunk_tokens, chunked_forward_bytes
 from engine.planner.remedies import find_remedies
 from engine.planner.shape import read_shape
+from engine.sparse.gradient_costs import costs_for
 from engine.spec import RunSpec
 from engine.train.tuning import start_tuning
 from engine.units import GIB
@@ -66,6 +67,7 @@ def test_planned_peak_is_what_two_steps_hold(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
     batch = Batch(ids, ids, torch.ones_like(ids), LENGTH)
+    costs_for(torch.device("cpu"), model.dtype, model.lm_head.weight.numel())  # measured once a machine, not in a step
     with live:
         for parameter in model.parameters():
             live.add(parameter.detach())
