@@ -105,12 +105,19 @@ class _Counts:
     @classmethod
     def of(cls, touched: Tensor, row_cuts: list[int], column_cuts: list[int]) -> "_Counts":
         """Count. touched: (slices, in) entries, columns in order; cuts of both sides, from 0."""
-        device = touched.device
-        outside = torch.arange(touched.shape[1], device=device)[:, None] >= torch.tensor(column_cuts, device=device)
-        before = torch.cat((touched.new_zeros(1, touched.shape[1]), touched.cumsum(0)))
-        entries = before.double() @ outside.double()
-        widths = (before > before[:-1, None]).float() @ outside.float()
-        found = torch.stack((entries - entries[:-1, None], widths)).permute(0, 3, 1, 2)
+        (slices, width), hots, device = touched.shape, len(column_cuts), touched.device
+        rank = torch.arange(width, device=device)
+        outside = rank[:, None] >= torch.tensor(column_cuts, device=device)
+        before = torch.zeros(slices + 1, hots, dtype=torch.float64, device=device)
+        before[1:] = (touched.double() @ outside.double()).cumsum(0)
+        # A run from a to b - 1 touches a column if the next slice from a on that does so is one before b.
+        number = torch.arange(slices, device=device)[:, None]
+        following = torch.where(touched > 0, number, slices).flip(0).cummin(0).values.flip(0)
+        place = (number * (slices + 1) + following) * hots + outside.sum(1) - 1
+        counted = torch.bincount(place.flatten(), minlength=slices * (slices + 1) * hots).view(slices, slices + 1, hots)
+        widths = torch.zeros(slices, slices + 1, hots, dtype=torch.float64, device=device)
+        widths[:, 1:] = counted.flip(2).cumsum(2).flip(2).cumsum(1)[:, :-1]
+        found = torch.stack((before - before[:-1, None], widths)).permute(0, 3, 1, 2)
         entries, widths = found.cpu()  # one look from the host
         cuts = torch.tensor(row_cuts, dtype=torch.float64)
         hot = torch.tensor(column_cuts, dtype=torch.float64)

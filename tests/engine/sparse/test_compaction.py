@@ -138,6 +138,21 @@ def test_where_gathers_are_dear_whole_rows_and_columns_are_multiplied_and_the_re
     assert seconds == pytest.approx(expected, rel=0.01)  # one in 255 entries may be sampled besides
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS)
+def test_what_a_split_is_said_to_cost_is_what_its_products_and_entries_do(costs: GradientCosts, spread: float) -> None:
+    indices = _clustered((130, 170), 600, spread)
+    grouping, seconds = group_rows([indices], (130, 170), 64, costs)
+    multiplied = sum(max(16, min(each.height, each.width)) * max(each.height, each.width) for each in grouping.products)
+    each_token = (
+        costs.narrow_s * multiplied + costs.gather_s * grouping.gathered + costs.sampled_s * grouping.num_sampled
+    )
+    calls = costs.call_s * len(grouping.products)
+    runs = 4 * costs.call_s + costs.sampled_call_s  # of rows whose entries are sampled: one, if any
+    expected = 64 * each_token + calls + (runs if grouping.num_sampled else 0.0)
+    assert seconds == pytest.approx(expected, rel=0.02)  # one in 255 entries may be sampled besides
+
+
 def test_single_entries_far_apart_are_found_again() -> None:
     """All but one in 600 are in a whole row, so that a byte cannot say how far it is to the next."""
     shape = (40, 600)
