@@ -44,7 +44,7 @@ def main() -> None:
     AutoModelForCausalLM.register(LlamaConfig, Watched, exist_ok=True)
     with device.stand_in():
         model = load_model(RunSpec(model=folder), torch.device("cuda:0"))
-    print(json.dumps(devices(model)))
+    device.say(devices(model))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     KnownMask.of = to_device  # a subclass of its own, which the device's tensors cannot be as well
     with device.stand_in():
         there = [learnt(fields, "cuda:0") for fields in cases]
-    print(json.dumps([here, there]))
+    device.say([here, there])
 
 
 if __name__ == "__main__":
