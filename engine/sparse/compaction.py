@@ -106,8 +106,7 @@ class _Counts:
     def of(cls, touched: Tensor, row_cuts: list[int], column_cuts: list[int]) -> "_Counts":
         """Count. touched: (slices, in) entries, columns in order; cuts of both sides, from 0."""
         (slices, width), hots, device = touched.shape, len(column_cuts), touched.device
-        rank = torch.arange(width, device=device)
-        outside = rank[:, None] >= torch.tensor(column_cuts, device=device)
+        outside = torch.arange(width, device=device)[:, None] >= torch.tensor(column_cuts, device=device)
         before = torch.zeros(slices + 1, hots, dtype=torch.float64, device=device)
         before[1:] = (touched.double() @ outside.double()).cumsum(0)
         # A run from a to b - 1 touches a column if the next slice from a on that does so is one before b.
@@ -130,7 +129,7 @@ class _Run:
 
     first: int
     end: int
-    way: int  # of _WAYS
+    way: str  # of _WAYS
 
 
 _WAYS = ("touched columns", "all columns", "sampled")
@@ -168,7 +167,7 @@ def _cheapest(
     while end:
         first = int(begins[end - 1][hot])
         if counts.entries[hot, first, end]:
-            runs.append(_Run(first, end, int(way[hot, first, end])))
+            runs.append(_Run(first, end, _WAYS[int(way[hot, first, end])]))
         end = first
     return hot, runs[::-1], float(best[-1][hot])
 
@@ -176,11 +175,11 @@ def _cheapest(
 def _block(touched: Tensor, rows: Tensor, row_cuts: list[int], hot_columns: Tensor, run: _Run, multiple: int) -> Block:
     """Return rows and columns of a run. touched: (slices, in) entries; rows: in order; hot_columns: (hot,)."""
     here = rows[row_cuts[run.first] : row_cuts[run.end]].sort().values
-    if _WAYS[run.way] == "sampled":
+    if run.way == "sampled":
         return Block(here, None)
     wanted = touched[run.first : run.end].sum(0) > 0
     wanted[hot_columns] = False
-    if _WAYS[run.way] == "all columns":
+    if run.way == "all columns":
         wanted[:] = True
     columns = wanted.nonzero().flatten()
     others = wanted.logical_not().nonzero().flatten()[: -columns.numel() % multiple]

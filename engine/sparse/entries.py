@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.sparse.base_weight import NF4Weight
-from engine.sparse.masters import Change, FloatValues, Numbers, SplitMasters, Step, put
+from engine.sparse.kernels import put
+from engine.sparse.masters import Change, FloatValues, Numbers, SplitMasters, Step
 from engine.sparse.positions import FlatPositions, Positions, pack_positions
 
 

@@ -122,7 +122,12 @@ def write_changed(flat: Tensor, positions: Tensor, base: Tensor, values: Tensor)
 
 def plain_write(flat: Tensor, positions: Tensor, base: Tensor, values: Tensor) -> None:
     """See `write_changed`."""
-    flat.index_copy_(0, positions.long(), (base + values).to(flat.dtype))
+    put(flat, positions, base + values)
+
+
+def put(flat: Tensor, positions: Tensor, entries: Tensor) -> None:
+    """Write `entries`, rounded to the dtype of `flat`, at `positions`."""
+    flat.index_copy_(0, positions.long(), entries.to(flat.dtype))
 
 
 def _kernel_write(flat: Tensor, positions: Tensor, base: Tensor, values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.sparse.kernels import write_changed
+from engine.sparse.kernels import put, write_changed
 from engine.sparse.positions import Positions
 
 _HALF_UNIT = 2**15  # of bf16, in units of fp32
@@ -201,8 +201,3 @@ def split(masters: Tensor) -> tuple[Tensor, Tensor]:
 def join(high: Tensor, low: Tensor) -> Tensor:
     """Return the masters, (n,) fp32, of what `split` made."""
     return (high.view(torch.int16).int() << _UNIT_BITS).add_(low).view(torch.float32)
-
-
-def put(flat: Tensor, positions: Tensor, entries: Tensor) -> None:
-    """Write `entries`, rounded to the dtype of `flat`, at `positions`."""
-    flat.index_copy_(0, positions.long(), entries.to(flat.dtype))
