@@ -25,6 +25,8 @@ from engine.units import format_bytes, format_count, format_duration, format_per
 
 POLL_S = 0.3
 WIDE = 200  # columns of a table that goes into a file or a pipe
+History = dict[workers.Side, list[dict[str, str]]]
+CLEAR = "/clear"
 
 
 def follow(run: Run, since: int = 0) -> RunStatus:
@@ -171,30 +173,35 @@ def _score(metrics: dict[str, dict[str, float]] | None) -> str:
 
 
 def chat_in_terminal(run: Run) -> int:
-    """Ask at the prompt and print both answers as they come, until end of input; return the exit status."""
+    """Ask at the prompt and print both answers as they come, until end of input; return the exit status.
+
+    A question that cannot be answered is said so and taken back; the status is 2 where the last one was.
+    """
     console = Console(highlight=False)
-    console.print(f"Chat with {run.id}. An empty line or Ctrl-D ends it.", soft_wrap=True)
-    chat = workers.start_chat(run)
-    history: dict[workers.Side, list[dict[str, str]]] = {"base": [], "tuned": []}
+    console.print(f"Chat with {run.id}. {CLEAR} begins anew; an empty line or Ctrl-D ends it.", soft_wrap=True)
+    chat, history, status = workers.start_chat(run), History({"base": [], "tuned": []}), 0
     try:
         while question := console.input("[bold]you>[/bold] ").strip():
-            for messages in history.values():
-                messages.append({"role": "user", "content": question})
-            for side, answer in _answers(chat, history, console):
-                history[side].append({"role": "assistant", "content": answer})
+            if question == CLEAR:
+                history = History({side: [] for side in history})
+                continue
+            asked = {side: [*messages, {"role": "user", "content": question}] for side, messages in history.items()}
+            answers = _answers(chat, asked, console)
+            status = 0 if answers else 2
+            for side, answer in answers.items():
+                history[side] = [*asked[side], {"role": "assistant", "content": answer}]
     except EOFError:
         console.print()
     finally:
         chat.close()
-    return 0
+    return status
 
 
-def _answers(
-    chat: workers.ChatProcess, history: dict[workers.Side, list[dict[str, str]]], console: Console
-) -> list[tuple[workers.Side, str]]:
+def _answers(chat: workers.ChatProcess, asked: History, console: Console) -> dict[workers.Side, str]:
+    """Print the answers of both sides and return them; nothing where the question could not be answered."""
     answers: dict[workers.Side, str] = {}
     try:
-        for chunk in chat.stream(history):
+        for chunk in chat.stream(asked):
             if chunk.side not in answers:
                 console.print(f"[dim]{chunk.side:>5}>[/dim] ", end="")
             console.print(
@@ -205,7 +212,8 @@ def _answers(
             )
             answers[chunk.side] = chunk.text
     except EngineError as error:
-        if not chat.alive or not answers:
+        if not chat.alive:
             raise
-        console.print(f"\nError: {error}")
-    return list(answers.items())
+        console.print(f"{chr(10) if answers else ''}Error: {error}", markup=False, soft_wrap=True)
+        return {}
+    return answers

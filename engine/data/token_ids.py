@@ -47,5 +47,5 @@ def require_rows(largest: int, rows: int | None, model: str) -> None:
         raise DatasetError(
             f"The tokenizer of {model!r} gives token ids up to {largest:,} here, and the model's table of embeddings "
             f"has {rows:,} rows, for ids up to {rows - 1:,}. Give the model the tokenizer that it was trained with, or "
-            "a dataset and template without the tokens that were added to it."
+            "use text and a template without the tokens that were added to it."
         )

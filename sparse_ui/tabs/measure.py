@@ -72,7 +72,7 @@ def view_measure(context: AppContext, before: Any) -> list[Any]:
     answer = gr.skip() if busy else said
     return [
         gr.update(interactive=not busy and not waits),
-        f"<span>{WAITS if waits else WORDS}</span>",
+        f"<span>{WAITS if waits and not busy else WORDS}</span>",
         said,
         answer,
         now,
